@@ -58,7 +58,17 @@ from tfkit.zoo.depth_and_residuals import (
     window_sources,
     xavier_,
 )
-from tfkit.zoo.transformer import Block, FeedForward, PostNorm, PreNorm, Stack
+from tfkit.zoo.transformer import (
+    Block,
+    FeedForward,
+    LanguageModel,
+    PostNorm,
+    PreNorm,
+    SinusoidalPositions,
+    Stack,
+    TokenEmbedding,
+    remember,
+)
 
 SHAPES = [(1, 3, 8), (2, 7, 16), (3, 5, 24)]
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -406,6 +416,23 @@ def test_deepscalelm_keeps_the_variance(wiring):
     assert signal(plain, x).variance[-1] < 0.9 * variance[-1] or signal(plain, x).variance[-1] > 1.1 * variance[-1]
 
 
+def test_deepscalelm_weights_follow_the_correlation_through_the_blocks():
+    torch.manual_seed(0)
+    d, r, add = 128, 0.2, 2 / 3
+    stack = deepscale_stack(3, d, correlation=r)
+    for block in stack.blocks:
+        look, feed = block.mix.part, block.feed.part
+        q, k, v = look.to_qkv.weight.chunk(3)
+        for weight, expected in (
+            *((w, 1 / d) for w in (q, k)),
+            *((w, r**-0.5 / d) for w in (v, look.to_out.weight)),
+            *((w, 1 / d) for w in (feed.up.weight, feed.down.weight)),  # sqrt(2 / (d 2d))
+        ):
+            assert abs(weight.var().item() / expected - 1) < 0.06
+        r = (1 - add) * r + add
+        r = (1 - add) * r + add * (r + (math.sqrt(1 - r * r) - r * math.acos(r)) / math.pi)
+
+
 # --- depth_mup
 
 
@@ -502,6 +529,20 @@ def test_value_residual_zero_and_one_is_vanilla_and_halves_are_not(seed):
         assert torch.equal(stack(x), vanilla(x)) == same
 
 
+def test_value_residual_shared_values_written_out():
+    stack, x = resformer_stack(3, 8, 2, later=SharedValue), draw(0, 2, 4, 8)
+    y, v = x, None
+    for number, block in enumerate(stack.blocks):
+        look, z = block.mix.part, block.mix.norm(y)
+        if number == 0:
+            q, k, v = look.project(z)
+        else:
+            q, k = (t.view(2, 4, 2, 4).transpose(1, 2) for t in look.to_qkv(z).chunk(2, -1))
+        heads = (q @ k.mT / 2).softmax(-1) @ v
+        y = block.feed(y + look.to_out(heads.transpose(1, 2).flatten(2)))
+    assert torch.allclose(stack(x), stack.norm(y), atol=1e-5)
+
+
 def test_value_residual_shared_values_are_those_of_the_first_layer():
     stack = resformer_stack(3, 8, 2, later=SharedValue)
     assert isinstance(stack.blocks[0].mix.part, ValueResidual)
@@ -563,6 +604,27 @@ def test_deep_cross_attention_starts_as_pre_norm(seed, last):
     assert contracts.reduces_to(fresh, plain, x, atol=1e-4)
     assert not contracts.agree(disturb(fresh, seed), plain, x)
     assert contracts.gradients_reach(DeepCrossStack(plain, 8, last), x)
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_deep_cross_attention_written_out(last):
+    torch.manual_seed(0)
+    mixer = partial(MultiHeadAttention, 8, 2, bias=False)
+    stack = disturb(DeepCrossStack(deep_stack(4, 8, mixer=mixer, norm=nn.LayerNorm(8)), 8, last), 0, 0.2)
+    x = draw(0, 2, 3, 8)
+
+    def read(grn, outputs):
+        kept = outputs if len(outputs) <= last + 1 else [outputs[0], sum(outputs[1:-last]), *outputs[-last:]]
+        return sum(s * (b + (s @ grn.gate).relu()[..., None]) for s, b in zip(kept, grn.weight, strict=True))
+
+    outputs = [x]
+    for block in stack.blocks:
+        q, k, v = (read(grn, outputs) for grn in block.read)
+        parts = zip((q, k, v), block.mixer.to_qkv.weight.chunk(3), strict=True)
+        a, b, c = ((block.norm(t) @ w.T).view(2, 3, 2, 4).transpose(1, 2) for t, w in parts)
+        found = block.mixer.to_out(((a @ b.mT / 2).softmax(-1) @ c).transpose(1, 2).flatten(2))
+        outputs.append(found + block.feedforward(block.feed_norm(q + found)))
+    assert torch.allclose(stack(x), stack.norm(read(stack.read, outputs)), atol=1e-4)
 
 
 @seeds
@@ -671,6 +733,26 @@ def test_causal_mixers_stay_causal_in_every_wiring(make):
 
 
 causal = partial(MultiHeadAttention, 8, 2, attend=causal_attention, bias=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DenseStack(deep_stack(3, 8, mixer=causal).blocks),
+        lambda: resformer_stack(3, 8, 2, attend=causal_attention),
+        lambda: resformer_stack(3, 8, 2, attend=causal_attention, later=SharedValue),
+        lambda: skip_layer_stack(3, 8, 2, 1, 1, attend=causal_attention),
+        lambda: DeepCrossStack(deep_stack(3, 8, mixer=causal), 8, 1),
+    ],
+)
+def test_a_cache_of_keys_and_values_changes_nothing(make):
+    model = LanguageModel(TokenEmbedding(11, 8, SinusoidalPositions()), disturb(make(), 0, 0.1))
+    ids = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids)
+        with remember(model):
+            pieces = [model(ids[:, t : t + 1], start=t) for t in range(6)]
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-4)
 
 
 def test_stacks_are_stacks():

@@ -43,8 +43,8 @@ def diversity(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
 def _xavier_slices(part: nn.Module, gain: float) -> list[tuple[Tensor, float]]:
     """The weights of one part, each with its gain; nothing for other modules."""
     if isinstance(part, MultiHeadAttention):
-        q, k, v = part.to_qkv.weight.chunk(3)
-        return [(q, 1.0), (k, 1.0), (v, gain), (part.to_out.weight, gain)]
+        slices = part.to_qkv.weight.split(part.heads * part.head_width)  # q, k, v
+        return [*zip(slices, (1.0, 1.0, gain)), (part.to_out.weight, gain)]
     if isinstance(part, FeedForward):
         return [(part.up.weight, gain), (part.down.weight, gain)]
     return []
@@ -613,27 +613,22 @@ class ValueResidual(MultiHeadAttention):
         return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
-class SharedValue(nn.Module):
+class SharedValue(MultiHeadAttention):
     """Attention with the values of the first layer, which `ValueResidual` has kept.
 
-    Raises ValueError when heads does not divide width.
     Source: "Value Residual Learning For Alleviating Attention Concentration In
     Transformers", 2024 (SVFormer).
     """
 
     def __init__(self, width: int, heads: int, *, attend=attention, bias: bool = True):
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} does not divide into {heads} heads")
-        self.heads, self.attend = heads, attend
-        self.to_qk = nn.Linear(width, 2 * width, bias)
-        self.to_out = nn.Linear(width, width, bias)
+        super().__init__(width, heads, attend=attend, bias=bias)
+        self.to_qkv = nn.Linear(width, 2 * width, bias)               # no values
 
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None, *,
         kept: list,
     ) -> Float[Tensor, "b n d"]:
-        q, k = (split_heads(t, self.heads) for t in self.to_qk(x).chunk(2, -1))
+        q, k = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(2, -1))
         return self.to_out(merge_heads(self.attend(q, k, kept[0], mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
