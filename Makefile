@@ -1,6 +1,6 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-portable test-browser export run lint bench readme clean
+.PHONY: help setup lab test test-portable test-browser export run assignment book lint bench readme clean
 PYTHON ?=
 BIN := .venv/bin
 # One thread per test worker: there are as many workers as cores, and results do not depend on the split.
@@ -33,6 +33,12 @@ export: setup  ## write tfkit/zoo from the notebooks
 
 run: setup  ## export one notebook, run it and store its outputs: make run NB=11
 	@$(BIN)/python -m tfkit.dev run $(NB)
+
+assignment: setup  ## a chapter as coursework for nbgrader, with and without solutions: make assignment NB=01
+	@$(BIN)/python -m tfkit.dev assignment $(NB)
+
+book: setup  ## build the web site of all chapters in build/book, from stored outputs
+	@$(BIN)/python -m tfkit.dev book
 
 lint: setup  ## check code and notebooks with ruff
 	@$(BIN)/ruff check .

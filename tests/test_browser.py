@@ -1,4 +1,4 @@
-"""A reader's session in headless Chromium, offline: JupyterLab, a chapter, all cells run, a slider moved."""
+"""A reader's sessions in headless Chromium, offline: JupyterLab with a chapter and its slider; the book."""
 
 import os
 import re
@@ -55,9 +55,7 @@ def server(tmp_path):
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     live = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("TFKIT_STATIC", "MPLBACKEND") and not k.startswith("JUPYTER")
+        k: v for k, v in os.environ.items() if k not in ("TFKIT_STATIC", "MPLBACKEND") and not k.startswith("JUPYTER")
     }
     for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
         live[f"JUPYTER_{name}"] = str(tmp_path / name)
@@ -101,7 +99,7 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def page(server, tmp_path):
+def page(tmp_path):
     """A browser page, with what it asked for in `page.asked` and what went wrong in `page.failed`."""
     from playwright.sync_api import sync_playwright
 
@@ -179,3 +177,39 @@ def test_a_reader_runs_the_first_chapter_and_moves_a_slider(server, page):
     outside = [url for url in outside if urlsplit(url).hostname != "127.0.0.1"]
     assert not outside, f"the page asked for {outside[:5]}"
     assert not page.failed, f"requests failed: {page.failed[:5]}"
+
+
+def test_a_reader_opens_the_book_searches_and_follows_a_link(page, tmp_path):
+    from playwright.sync_api import expect
+
+    from tfkit import book
+
+    folder = book.build(tmp_path / "book")
+    page.goto((folder / "index.html").as_uri())
+    page.locator('input[name="q"]:visible').first.fill("rotary")
+    page.keyboard.press("Enter")
+    found = page.locator("#search-results ul.search li a")
+    expect(found.first).to_be_visible(timeout=20_000)
+    titles = found.all_inner_texts()
+    assert any("Telling tokens where they are" in title for title in titles), titles
+
+    found.filter(has_text="Telling tokens where they are").first.click()
+    expect(page.locator("h1").first).to_contain_text("Telling tokens where they are")
+    expect(page.locator("mjx-container svg").first).to_be_attached(timeout=20_000)  # formulas are set
+    pictures = page.locator("img.figure")
+    assert pictures.count() >= 3 and all(
+        pictures.evaluate_all("all => all.map(one => one.alt && one.naturalWidth > 0)")
+    )
+
+    color = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(color)
+    for _ in range(3):  # automatic, light, dark, in an order that depends on the system
+        page.locator("button.theme-toggle:visible").first.click()
+        if page.evaluate(color) != before:
+            break
+    assert page.evaluate(color) != before
+
+    page.get_by_role("link", name="01 Attention by hand").first.click()
+    expect(page.locator("h1").first).to_contain_text("Attention by hand")
+    outside = [url for url in page.asked if urlsplit(url).scheme not in ("file", "data", "blob")]
+    assert not outside, f"the book asked for {outside[:5]}"

@@ -1,6 +1,6 @@
 """Commands for people who write chapters: export a notebook to its module, run it, list the chapters.
 
-python -m tfkit.dev export | run 11 | readme | portable
+python -m tfkit.dev export | run 11 | readme | portable | assignment 01 | book
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def table() -> str:
             part = about["part"]
             lines.append(f"| **{part}** | | |")
         mine = [r for r in records.values() if r.paper.chapter == name]
-        done = sum(bool(r.taught and r.holds) for r in mine)
+        done = sum(r.stands for r in mine)
         there = (NOTEBOOKS / f"{name}.ipynb").exists()
         title = f"[{about['title']}](notebooks/{name}.ipynb)" if there else about["title"]
         lines.append(
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tfkit.dev", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["export", "run", "readme", "portable"])
+    parser.add_argument("command", choices=["export", "run", "readme", "portable", "assignment", "book"])
     parser.add_argument("chapters", nargs="*", help="chapter numbers or names")
     given = parser.parse_args()
     if given.command == "export":
@@ -190,6 +190,16 @@ def main() -> None:
         readme = ROOT / "README.md"
         (NOTEBOOKS / "readme.png").write_bytes(readme_picture())
         readme.write_text(readme_text(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    elif given.command == "assignment":
+        from tfkit.coursework import assignment
+
+        for chapter in given.chapters or sys.exit("which chapter? make assignment NB=01"):
+            for path in assignment(chapter):
+                print(path.relative_to(ROOT))
+    elif given.command == "book":
+        from tfkit.book import build
+
+        print(f"open {build(ROOT / 'build' / 'book') / 'index.html'}")
     else:
         portable()
 

@@ -34,6 +34,7 @@ class Paper:
     kind: str
     family: str
     chapter: str
+    builds_on: str  # what the paper names as its parents, separated by "; "
     link: str
 
     def __str__(self) -> str:
@@ -130,6 +131,26 @@ class Record:
     def taught(self) -> bool:
         return bool(self.chapter)
 
+    @property
+    def stands(self) -> bool:
+        """Taught in its chapter, with at least one claim that holds."""
+        return self.taught and bool(self.holds)
+
+    @property
+    def address(self) -> str:
+        """The section as a link from the folder of notebooks ("01_attention.ipynb#By-hand"); "" before it is taught."""
+        return f"{self.chapter}.ipynb#{self.section.replace(' ', '-')}" if self.taught else ""
+
+    def card(self) -> str:
+        """All that is known of the paper, as plain text: the facts, where it is taught, what was shown."""
+        row = self.paper
+        where = f"{self.chapter}, section {self.section!r}" if self.taught else f"planned for {row.chapter}"
+        lines = [f"{row.title} ({row.year})", f"  id         {row.id}", f"  kind       {row.kind}, {row.family}"]
+        lines += [f"  builds on  {row.builds_on}"] * bool(row.builds_on)
+        lines += [f"  taught in  {where}", f"  link       {row.link}"]
+        shown = {"holds": self.holds, "measures": self.measures, "differs": self.differs, "not here": self.not_here}
+        return "\n".join(lines + [f"  {verb:9}  {claim}" for verb, claims in shown.items() for claim in claims])
+
 
 _LINE = re.compile(r"^\[(\w+)\] (cites|holds|measures|differs|not here): (.*)$", re.M)
 
@@ -156,3 +177,34 @@ def collect(notebooks: Path | str = NOTEBOOKS) -> dict[str, Record]:
                 else:
                     getattr(record, verb.replace(" ", "_")).append(text)
     return records
+
+
+def search(query: str, records: dict[str, Record] | None = None) -> list[Record]:
+    """The papers that contain every word of `query`, best first: a phrase in the title, then words there.
+
+    A word matches where a word begins ("linear" finds "linearized"), case aside. No word at all finds every paper.
+    """
+    words = [re.compile(rf"(?<![^\W_]){re.escape(word)}", re.I) for word in query.split()]
+    scored = []
+    for record in (collect() if records is None else records).values():
+        row = record.paper
+        claims = " ".join([*record.holds, *record.measures, *record.differs, *record.not_here])
+        rest = f"{row.kind} {row.family} {row.chapter} {row.year} {row.builds_on} {record.section} {claims}"
+        score = 32 * bool(re.search(rf"(?<![^\W_]){re.escape(query.strip())}", row.title, re.I)) if words else 0
+        for word in words:
+            found = (8 * bool(word.search(row.id))) + (4 * bool(word.search(row.title))) + bool(word.search(rest))
+            if not found:
+                break
+            score += found
+        else:
+            scored.append((-score, record))
+    return [record for _, record in sorted(scored, key=lambda pair: pair[0])]
+
+
+def coverage(records: dict[str, Record] | None = None) -> dict[str, tuple[int, int]]:
+    """Chapter to (papers that stand, papers in all), for every chapter that has papers."""
+    count: dict[str, tuple[int, int]] = {}
+    for record in (collect() if records is None else records).values():
+        stand, total = count.get(record.paper.chapter, (0, 0))
+        count[record.paper.chapter] = (stand + record.stands, total + 1)
+    return count

@@ -73,7 +73,7 @@ def gradcheck():
 
 @pytest.fixture
 def as_exact_as_torch():
-    """as_exact_as_torch(kernel, reference, *inputs, wrt=(0, 1)): error at most twice that of torch, forward and backward.
+    """as_exact_as_torch(kernel, reference, *inputs, wrt=(0, 1)): error at most twice that of torch, both ways.
 
     Both errors are taken against `reference` in float64. `reference` runs in the inputs' own dtype for the error of
     torch. The random gradient of the output is shared. wrt: the positions of the inputs to differentiate by.

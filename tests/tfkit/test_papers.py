@@ -154,3 +154,66 @@ def test_collect_finds_what_the_verbs_print(tmp_path, linformer, capsys):
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "01_any.ipynb")
     record = P.collect(tmp_path)["linformer"]
     assert [len(part) for part in (record.holds, record.measures, record.differs, record.not_here)] == [1, 1, 1, 1]
+
+
+# --- search, coverage, the terminal
+
+
+def test_search_finds_every_word_and_the_phrase_first():
+    found = P.search("linear attention", P.collect())
+    titles = [record.paper.title.lower() for record in found]
+    assert titles and "linear attention" in titles[0]
+    first_without = next(i for i, title in enumerate(titles) if "linear attention" not in title)
+    assert not any("linear attention" in title for title in titles[first_without:])
+    assert P.search("linformer")[0].paper.id == "linformer"
+    assert len(P.search("")) == len(P.papers())
+    assert P.search("linformer zebra") == []
+    assert "linformer" not in [record.paper.id for record in P.search("former")]  # a word matches at its beginning
+
+
+def test_search_finds_words_of_claims():
+    record = P.Record(P.lookup("linformer"), "11_linear_attention", "Low rank", holds=["zebras are equal"])
+    assert P.search("zebra", {"linformer": record}) == [record]
+
+
+def test_a_record_knows_its_address_and_card():
+    record = P.Record(P.lookup("linformer"))
+    assert not record.stands and record.address == "" and "planned for 11_linear_attention" in record.card()
+    record.chapter, record.section = "11_linear_attention", "If the map has low rank"
+    assert not record.stands and record.address == "11_linear_attention.ipynb#If-the-map-has-low-rank"
+    record.holds.append("it is linear")
+    record.measures.append("slope \u27e81.1\u27e9 (below 1.25)")
+    card = record.card()
+    assert record.stands and "holds      it is linear" in card and "measures   slope" in card
+
+
+def test_coverage_counts_every_paper_once():
+    count = P.coverage()
+    assert sum(total for _, total in count.values()) == len(P.papers())
+    assert all(0 <= stand <= total for stand, total in count.values())
+    assert count["01_attention"] == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, expected",
+    [
+        (["introduction"], 0, "An Introduction to Transformers (2023)"),
+        (["introduction", "linfomer"], 1, "did you mean 'linformer'"),
+        (["--search", "low rank"], 0, "low_rank_heads"),
+        (["--search", "zebra"], 1, "no paper contains all of: zebra"),
+        (["--coverage"], 0, " of 383"),
+        ([], 2, "python -m tfkit --search"),
+    ],
+)
+def test_the_terminal(arguments, code, expected, capsys):
+    from tfkit.__main__ import main
+
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert expected in printed.out + printed.err
+
+
+def test_parents_are_facts():
+    named = [row for row in P.papers().values() if row.builds_on]
+    assert len(named) > 350 and all("  " not in row.builds_on for row in named)
+    assert "Transformer-XL" in P.lookup("rcmha").builds_on

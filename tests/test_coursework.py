@@ -1,0 +1,146 @@
+"""Coursework: both versions of every chapter are what nbgrader reads, and the students' one gives nothing away."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+pytest.importorskip("nbgrader")
+from nbgrader.nbgraderformat import MetadataValidator
+from nbgrader.validator import Validator
+
+from tfkit import coursework
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+CHAPTERS = [p for p in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if '"exercise"' in p.read_text(encoding="utf-8")]
+
+TASK = "### Exercise 1: twice\n\nDifficulty 4 of 5 · 5 minutes. Double it."
+STUB = "def twice(x):\n    '''Twice x.'''\n    raise NotImplementedError"
+CHECK = """def _twice(x):
+    return x + x
+
+
+tfkit.check(
+    twice, _twice, [tfkit.Case("some numbers", lambda g: (torch.randn(3, generator=g),))],
+    mistakes={"Once.": lambda x: x, "Three times.": lambda x: 3 * x},
+)"""
+SOLUTION = """<details><summary>Solution</summary>
+
+```python
+import math
+
+def _helper(x):
+    return 2 * x
+
+def twice(x):
+    return _helper(x) * math.cos(0)
+```
+
+Because.
+</details>"""
+
+
+@pytest.fixture
+def small():
+    return new_notebook(
+        cells=[
+            new_code_cell("import torch\nimport tfkit\n\ntfkit.set_seed(0)"),
+            new_markdown_cell(TASK),
+            new_code_cell(STUB, metadata={"tags": ["exercise"]}),
+            new_code_cell(CHECK, metadata={"tags": ["check"], "jupyter": {"source_hidden": True}}),
+            new_markdown_cell(SOLUTION),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+
+
+def graded(nb):
+    return [cell for cell in nb.cells if "nbgrader" in cell.metadata]
+
+
+def test_the_instructor_gets_the_solution_in_its_place(small):
+    answer, test = graded(coursework.instructor(small))
+    assert "def _helper" in answer.source and "import math" in answer.source
+    place = answer.source.index("def twice")
+    assert answer.source.index("'''Twice x.'''") < answer.source.index(
+        "    ### BEGIN SOLUTION\n    return _helper(x)", place
+    )
+    assert test.metadata.nbgrader.points == 4 and test.metadata.nbgrader.locked and not test.metadata.nbgrader.solution
+    assert answer.metadata.nbgrader.solution and not answer.metadata.nbgrader.grade
+    assert "### BEGIN HIDDEN TESTS" in test.source and "# - some numbers" in test.source
+    assert len(small.cells) == 5 and small.cells[2].source == STUB  # the chapter itself is untouched
+
+
+def test_the_students_get_neither_solution_nor_hidden_tests(small):
+    nb = coursework.student(coursework.instructor(small))
+    answer, test = graded(nb)
+    whole = "\n".join(cell.source for cell in nb.cells)
+    for secret in ("_helper", "_twice", "BEGIN", "Because", "math", "Three times"):
+        assert secret not in whole, secret
+    assert "def twice(x):\n    '''Twice x.'''\n    # YOUR CODE HERE\n    raise NotImplementedError()" in answer.source
+    assert test.metadata.nbgrader.checksum and test.metadata.editable is False
+
+
+def verdict(nb, folder):
+    """What nbgrader's own validator says when it runs a notebook: the number of failed test cells."""
+    path = folder / "it.ipynb"
+    nbformat.write(nb, path)
+    result = Validator().validate(str(path))
+    assert "changed" not in result and "type_changed" not in result, result
+    return len(result.get("failed", []))
+
+
+@pytest.mark.slow
+def test_nbgrader_passes_the_instructor_and_fails_the_untouched_and_the_wrong(small, tmp_path):
+    full = coursework.instructor(small)
+    assert verdict(full, tmp_path) == 0
+    handed_out = coursework.student(full)
+    assert verdict(handed_out, tmp_path) == 1
+    answer, _ = graded(handed_out)
+    answer.source = "def twice(x):\n    return 3 * x"
+    handed_out.cells[-1].source = graded(full)[1].source  # grading puts the hidden tests back
+    handed_out.cells[-1].metadata.nbgrader.pop("checksum")
+    assert verdict(handed_out, tmp_path) == 1
+    answer.source = "def twice(x):\n    return 2 * x"
+    assert verdict(handed_out, tmp_path) == 0
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_chapter_becomes_an_assignment(path, tmp_path, monkeypatch):
+    full, handed_out = (nbformat.read(p, as_version=4) for p in coursework.assignment(path.stem, tmp_path))
+    for nb in (full, handed_out):
+        MetadataValidator().validate_nb(nb)
+        names = [cell.metadata.nbgrader.grade_id for cell in graded(nb)]
+        assert len(names) == len(set(names)) >= 4
+        assert all(re.fullmatch(r"[\w-]+", name) for name in names)
+        assert not any("<summary>Solution" in cell.source for cell in nb.cells)
+    secret = [
+        line.strip()
+        for cell in graded(full)
+        for part in re.findall(r"### BEGIN (?:SOLUTION|HIDDEN TESTS)\n(.*?)### END", cell.source, re.S)
+        for line in part.splitlines()
+        if len(line.strip()) > 30
+    ]
+    shown = "\n".join(cell.source for cell in graded(handed_out))
+    assert secret and not [line for line in secret if line in shown]
+    for cell in graded(full):
+        compile(cell.source, path.stem, "exec")
+
+
+@pytest.mark.parametrize(
+    "stub, solution, message",
+    [
+        ("x = 1", SOLUTION, "one function that raises NotImplementedError once"),
+        (STUB, "def thrice(x):\n    return 3 * x", "does not define twice"),
+    ],
+)
+def test_what_is_no_exercise_is_refused(stub, solution, message):
+    with pytest.raises(ValueError, match=message):
+        coursework.answered(stub, solution)
+
+
+def test_a_chapter_without_exercises_is_refused():
+    with pytest.raises(ValueError, match="no exercises"):
+        coursework.instructor(new_notebook(cells=[new_markdown_cell("# Nothing")]))
