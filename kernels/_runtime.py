@@ -176,9 +176,9 @@ def guarded():
 
 @contextmanager
 def _checked_addresses():
-    import numpy as np
     from triton.runtime import interpreter
 
+    np = interpreter.np  # what the interpreter computes with
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     names = ["create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"]
     kept = {name: getattr(builder, name) for name in names}

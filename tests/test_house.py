@@ -692,6 +692,9 @@ def readme_current(root: Path) -> Iterator[str]:
         yield "README.md is missing"
     elif (text := path.read_text(encoding="utf-8")) != dev.readme_text(text):
         yield "the generated table in README.md is not current"
+    guide = root / "notebooks" / "README.md"
+    if guide.exists() and (text := guide.read_text(encoding="utf-8")) != dev.readme_text(text, dev.guide):
+        yield "the generated part of notebooks/README.md is not current"
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests

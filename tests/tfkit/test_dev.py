@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 
 import nbformat
 import pytest
@@ -149,3 +150,28 @@ def test_the_command_line_says_what_it_takes(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tfkit.dev", "run"])
     with pytest.raises(SystemExit, match="which chapter"):
         dev.main()
+
+
+def test_the_guide_names_only_chapters_that_exist_and_fits_their_needs():
+    text = (dev.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    there = {path.stem[:2]: dev.facts(path) for path in dev.NOTEBOOKS.glob("[0-9]*.ipynb")}
+    rows = [line.split("|")[3] for line in text.split("## The chapters")[0].splitlines() if re.match(r"\| [A-Z]", line)]
+    assert len(rows) == 3
+    for row in rows:
+        taken = []
+        for number in re.findall(r"\b\d\d\b", row):
+            assert set(there[number]["needs"]) <= set(taken), f"{number} needs {there[number]['needs']}, after {taken}"
+            taken.append(number)
+
+
+def test_facts_are_read_from_a_notebook(house):
+    cells = [
+        new_markdown_cell("# T\n\nTime: 90 minutes · needs chapters 01 and 02"),
+        new_markdown_cell("### Exercise 1\n\nDifficulty 4 of 5 · 5 minutes."),
+    ]
+    assert dev.facts(write(house / "notebooks", cells=cells)) == {
+        "minutes": 90,
+        "needs": ["01", "02"],
+        "difficulties": [4],
+    }
+    assert "c01 --> c90" in dev.guide() and "| 90 | 01, 02 | 4 |" in dev.guide()
