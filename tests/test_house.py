@@ -309,9 +309,7 @@ def sections(chapter: Chapter) -> Iterator[str]:
         yield "the opening does not say how long the chapter takes ('Time')"
     heads, at = [h.lower() for c in chapter.cells for h in headings(c)], -1
     for wanted in ("what you will learn", "setup", "exercises", "summary"):
-        found = [
-            i for i, head in enumerate(heads) if wanted.rstrip("s") in head.replace("set-up", "setup") and i > at
-        ]
+        found = [i for i, head in enumerate(heads) if wanted.rstrip("s") in head.replace("set-up", "setup") and i > at]
         if not found:
             yield f"there is no heading '{wanted.capitalize()}' " + ("after the one before it" if at >= 0 else "")
         else:
@@ -468,9 +466,7 @@ def slots_not_flags(chapter: Chapter) -> Iterator[str]:
     for name, arguments in signatures(chapter.tree):
         for argument, annotation, default in arguments:
             flag = annotation is not None and re.search(r"\bbool\b", ast.unparse(annotation))
-            if argument != "bias" and (
-                flag or (isinstance(default, ast.Constant) and isinstance(default.value, bool))
-            ):
+            if argument != "bias" and (flag or (isinstance(default, ast.Constant) and isinstance(default.value, bool))):
                 yield f"{name} has the boolean argument {argument!r}"
 
 
@@ -484,9 +480,7 @@ def docstrings(chapter: Chapter) -> Iterator[str]:
             yield f"{name} has no docstring"
 
 
-@chapter_rule(
-    'end the docstring of its mechanism with: Source: "Title of the paper", year.', replace(", 20", ", 19")
-)
+@chapter_rule('end the docstring of its mechanism with: Source: "Title of the paper", year.', replace(", 20", ", 19"))
 def sources(chapter: Chapter) -> Iterator[str]:
     """Every paper of the chapter is named, with its year, in the docstring of something exported."""
     words = [
@@ -499,9 +493,7 @@ def sources(chapter: Chapter) -> Iterator[str]:
         cited = [
             w
             for w in words
-            if f"source {plain(short)}" in w
-            or plain(row.title) in w
-            or (len(short.split()) > 1 and plain(short) in w)
+            if f"source {plain(short)}" in w or plain(row.title) in w or (len(short.split()) > 1 and plain(short) in w)
         ]
         if not any(str(row.year) in w for w in cited):
             yield f"no docstring names {row.title!r}, {row.year}"
@@ -558,11 +550,7 @@ def inverted_masks(tree: ast.AST) -> Iterator[str]:
                 k.value for k in call.keywords if k.arg == "diagonal"
             ]
             names = [t.id for t in node.targets if isinstance(t, ast.Name) and MASK.search(t.id)]
-            if (
-                call.func.attr == "triu"
-                and names
-                and any(isinstance(s, ast.Constant) and s.value > 0 for s in shifts)
-            ):
+            if call.func.attr == "triu" and names and any(isinstance(s, ast.Constant) and s.value > 0 for s in shifts):
                 yield f"{names[0]} = triu(1) is True in the future; use .tril(), or name it `blocked` or `bias`"
 
 
@@ -589,11 +577,7 @@ def example_ids(tree: ast.Module) -> set[str]:
     """The keys of the dict literal `examples`."""
     for node in tree.body:
         targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
         if any(getattr(t, "id", "") == "examples" for t in targets) and isinstance(node.value, ast.Dict):
             return {k.value for k in node.value.keys if isinstance(k, ast.Constant)}
@@ -650,9 +634,7 @@ def three_rooms(root: Path) -> Iterator[str]:
 )
 def small_helpers(root: Path) -> Iterator[str]:
     sizes = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in sorted((root / "tfkit").glob("*.py"))}
-    yield from (
-        f"tfkit/{name} has {size} lines; at most 400 are allowed" for name, size in sizes.items() if size > 400
-    )
+    yield from (f"tfkit/{name} has {size} lines; at most 400 are allowed" for name, size in sizes.items() if size > 400)
     if sum(sizes.values()) > 2500:
         yield f"tfkit outside zoo has {sum(sizes.values())} lines; at most 2500 are allowed"
 
@@ -695,6 +677,29 @@ def readme_current(root: Path) -> Iterator[str]:
     guide = root / "notebooks" / "README.md"
     if guide.exists() and (text := guide.read_text(encoding="utf-8")) != dev.readme_text(text, dev.guide):
         yield "the generated part of notebooks/README.md is not current"
+
+
+def stale_atlas(root: Path) -> None:
+    table = "<table class='atlas'><tr id=\"introduction\"><td>An Introduction<td>not yet</tbody></table>"
+    cell = code_cell("table", {"output_type": "execute_result", "data": {"text/html": table}, "metadata": {}})
+    (root / "notebooks" / "99_atlas.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
+
+
+@house_rule("run `make run NB=99`: the atlas has stored an older state of the papers", stale_atlas)
+def atlas_current(root: Path) -> Iterator[str]:
+    """The table that notebook 99 has stored shows as standing exactly the papers that stand."""
+    path = root / "notebooks" / "99_atlas.ipynb"
+    if not path.exists():
+        return
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "".join(texts(output) for cell in cells for output in cell.get("outputs", []))
+    rows = re.findall(r'<tr id="(\w+)">(.*)', text)
+    stored = {id for id, row in rows if not re.search(r"<td>not yet\W*($|</)", row)}
+    own = {id for id, row in papers().items() if row.chapter == path.stem}  # a notebook cannot read its own new output
+    stands = {id for id, record in collect(root / "notebooks").items() if record.stands}
+    stored, stands = stored - own, stands - own
+    if stored != stands:
+        yield f"99_atlas.ipynb differs in {len(stored ^ stands)} papers: {', '.join(sorted(stored ^ stands)[:5])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
@@ -860,9 +865,7 @@ def sample_cells() -> list[dict]:
         "metadata": {"image/png": {"alt": "a line that rises"}},
     }
     code.append(("tfkit.show(fig, alt='a line that rises')", [picture]))
-    cells = [
-        {"cell_type": "markdown", "id": f"m{i}", "source": text, "metadata": {}} for i, text in enumerate(words)
-    ]
+    cells = [{"cell_type": "markdown", "id": f"m{i}", "source": text, "metadata": {}} for i, text in enumerate(words)]
     for count, (source, outputs) in enumerate(code, 1):
         cells.append(code_cell(source, *outputs, count=count))
         cells.append({"cell_type": "markdown", "id": f"p{count}", "source": "Prose.", "metadata": {}})
