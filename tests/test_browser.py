@@ -211,5 +211,23 @@ def test_a_reader_opens_the_book_searches_and_follows_a_link(page, tmp_path):
 
     page.get_by_role("link", name="01 Attention by hand").first.click()
     expect(page.locator("h1").first).to_contain_text("Attention by hand")
+
+    page.goto((folder / "99_atlas.html").as_uri())
+    rows = page.locator("table.atlas tbody tr:visible")
+    expect(rows).to_have_count(383)
+    page.get_by_label("search the papers").fill("relative representations")
+    expect(page.locator("#shaw_relative")).to_be_visible()
+    assert 1 <= rows.count() < 20
+    page.get_by_label("search the papers").fill("")
+    page.get_by_label("filter by kind").select_option("benchmark")
+    assert rows.count() == 11
+    page.locator("table.atlas th", has_text="year").click()
+    found = page.locator("table.atlas tbody tr:visible td:nth-child(2)").all_inner_texts()
+    assert found == sorted(found)
+    page.get_by_label("filter by kind").select_option("")
+    page.locator("#shaw_relative a").click()
+    expect(page).to_have_url(re.compile(r"03_positions\.html#.+"))
+    section = page.locator(f"[id='{page.url.split('#')[1]}']")
+    expect(section.locator("h2, h3").first).to_be_visible()
     outside = [url for url in page.asked if urlsplit(url).scheme not in ("file", "data", "blob")]
     assert not outside, f"the book asked for {outside[:5]}"
