@@ -21,7 +21,12 @@ MISSING = f"Triton is not installed; it exists for Linux, and this is {sys.platf
 
 if HAS_TRITON:
     if INTERPRET:
-        os.environ["TRITON_INTERPRET"] = "1"  # read by every @triton.jit line from now on
+        if "triton.language" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+            raise RuntimeError(
+                "import kernels before triton: there is no GPU here, so the kernels run in Triton's interpreter, and "
+                "Triton decides that when it is imported. Or set TRITON_INTERPRET=1 before Python starts."
+            )
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton now, and by every @triton.jit line from now on
     import triton
     import triton.language as tl
 
@@ -211,8 +216,11 @@ def _checked_addresses():
         try:
             return call(self, *args, **kwargs)
         except interpreter.InterpreterError as error:
-            if isinstance(error.__cause__, IndexError):
-                raise IndexError(f"{self.fn.__name__}: {error.__cause__}") from None
+            cause = error
+            while isinstance(cause, interpreter.InterpreterError):  # a helper inside a kernel wraps it once more
+                cause = cause.__cause__
+            if isinstance(cause, IndexError):
+                raise IndexError(f"{self.fn.__name__}: {cause}") from None
             raise
         finally:
             del launches[depth:]
