@@ -347,8 +347,17 @@ def varlen_attention(q, k, v, offsets, max_length, causal=False, scale=None):
     return VarlenAttention.apply(q, k, v, offsets.contiguous(), max_length, causal, scale)
 
 
+def _block(x, qkv, out, up, down, heads, attend):
+    """A pre-norm encoder block on any rows: attend(q, k, v) of (..., h, e) is all that differs when padding is gone."""
+    norm = lambda rows: F.layer_norm(rows, rows.shape[-1:])
+    q, k, v = F.linear(norm(x), qkv).unflatten(-1, (3, heads, -1)).unbind(-3)
+    x = x + F.linear(attend(q, k, v).flatten(-2), out)
+    return x + F.linear(F.gelu(F.linear(norm(x), up), approximate="tanh"), down)
+
+
 def benchmarks():
-    """One entry: b sequences whose lengths spread evenly from a fifth of the longest to the longest (mean 0.6)."""
+    """b sequences whose lengths spread evenly from a fifth of the longest to the longest (mean 0.6): the attention
+    alone, and a whole padding-free encoder block beside the padded one."""
 
     def lengths(size):
         return torch.linspace(0.2, 1.0, size["b"]).mul(size["length"]).long()
@@ -365,14 +374,44 @@ def benchmarks():
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide), attn_mask=real[:, None, None])
         return out.transpose(1, 2)[real]
 
+    def block_inputs(size, dtype, device):
+        d, (q, _, _, offsets, length) = size["h"] * size["e"], inputs(size, dtype, device)
+        shapes = ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))
+        weights = (torch.randn(shape, dtype=dtype, device=device) * shape[1] ** -0.5 for shape in shapes)
+        return q.flatten(1), offsets, length, *weights, size["h"]
+
+    def packed_block(x, offsets, length, *weights):
+        return _block(x, *weights, lambda q, k, v: varlen_attention(q, k, v, offsets, length))
+
+    def plain_block(x, offsets, length, *weights):
+        return _block(x, *weights, lambda q, k, v: reference(q, k, v, offsets, length))
+
+    def padded_block(x, offsets, length, *weights):
+        real = torch.arange(length, device=x.device) < offsets.diff()[:, None]
+        wide = x.new_zeros(*real.shape, x.shape[1]).masked_scatter_(real[..., None], x)
+
+        def attend(q, k, v):
+            heads = (y.transpose(1, 2) for y in (q, k, v))
+            return F.scaled_dot_product_attention(*heads, attn_mask=real[:, None, None]).transpose(1, 2)
+
+        return _block(wide, *weights, attend)[real]
+
     flops = lambda size: int(4 * size["h"] * size["e"] * lengths(size).square().sum())
     traffic = lambda size, itemsize, times: times * int(lengths(size).sum()) * size["h"] * size["e"] * itemsize
     sizes = [(16, 512, 64), (16, 2048, 64), (8, 8192, 128)]
-    return [{
-        "name": "varlen_attention", "ours": varlen_attention, "reference": reference, "inputs": inputs,
-        "sizes": [{"b": b, "length": n, "h": 16, "e": e} for b, n, e in sizes], "peers": {"padded SDPA": padded},
-        "tiny": {"b": 3, "length": 70, "h": 2, "e": 16}, "eager": padded,
+    dense = lambda size: int(24 * lengths(size).sum() * (size["h"] * size["e"]) ** 2) + flops(size)
+    common = {
+        "sizes": [{"b": b, "length": n, "h": 16, "e": e} for b, n, e in sizes],
+        "tiny": {"b": 3, "length": 70, "h": 2, "e": 16},
         "fill": lambda size: int(lengths(size).sum()) / (size["b"] * size["length"]),
+    }
+    return [{
+        **common, "name": "padding_free_encoder", "ours": packed_block, "reference": plain_block, "eager": padded_block,
+        "inputs": block_inputs, "peers": {"padded encoder": padded_block}, "differentiate": (0, 3, 4, 5, 6),
+        "flops": dense, "backward_flops": lambda size: 2 * dense(size), "bytes": None, "backward_bytes": None,
+    }, {
+        **common, "name": "varlen_attention", "ours": varlen_attention, "reference": reference, "inputs": inputs,
+        "peers": {"padded SDPA": padded}, "eager": padded,
         "differentiate": (0, 1, 2), "flops": flops, "backward_flops": lambda size: flops(size) * 5 // 2,
         "bytes": lambda size, itemsize: traffic(size, itemsize, 4),
         "backward_bytes": lambda size, itemsize: traffic(size, itemsize, 8),
