@@ -26,7 +26,7 @@ test-portable: setup  ## run the notebooks under other instruction sets and thre
 	@$(BIN)/python -m tfkit.dev portable
 
 test-browser: setup  ## drive JupyterLab in headless Chromium
-	@$(BIN)/python -m pytest tests/test_browser.py -n 0 -m browser
+	@$(BIN)/python -m pytest tests/test_browser.py tests/test_browser_lab.py -n 0 -m browser
 
 export: setup  ## write tfkit/zoo from the notebooks
 	@$(BIN)/python -m tfkit.dev export
