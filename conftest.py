@@ -10,6 +10,8 @@ os.environ["TFKIT_STATIC"] = "1"  # widgets draw their default picture, training
 os.environ["MPLBACKEND"] = "Agg"
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # as many workers as cores, one thread each; `make test-portable` asks for two
+if not os.path.exists("/proc/driver/nvidia"):
+    os.environ["TRITON_INTERPRET"] = "1"  # no GPU: whatever imports Triton first, kernels run in its interpreter
 # No test or notebook uses the network. Child processes find a proxy that refuses; this process has a guard below.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("http_proxy", "https_proxy", "all_proxy"):
