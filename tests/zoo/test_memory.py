@@ -1,0 +1,354 @@
+"""Chapter 14: segments against one pass, memories against masks, and what breaks each."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tfkit import contracts
+from tfkit.zoo import memory as z
+from tfkit.zoo.attention import causal_mask, padding_mask
+from tfkit.zoo.transformer import SinusoidalPositions
+
+IDENTITY = lambda x: x
+
+
+@pytest.fixture(params=[0, 1, 2])
+def seed(request):
+    torch.manual_seed(request.param)
+    return request.param
+
+
+def randomized(module, scale=0.3):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return module
+
+
+def model(*memories, width=16):
+    return randomized(z.transformer_xl(20, width, 2, memories))
+
+
+def in_segments(net, segment):
+    return lambda ids: z.read(net, ids, segment)[0]
+
+
+# ------------------------------------------------------------------------------------ Transformer-XL
+
+
+@pytest.mark.parametrize("b, h, n, m, e", [(2, 2, 5, 9, 4), (1, 3, 7, 7, 8), (3, 1, 1, 6, 2)])
+def test_transformer_xl_shift_is_a_lookup(b, h, n, m, e, seed):
+    q, k, v = torch.randn(b, h, n, e), torch.randn(b, h, m, e), torch.randn(b, h, m, e)
+    r, u, w = torch.randn(h, m, e), torch.randn(h, e), torch.randn(h, e)
+
+    def by_gather(late=0):
+        away = torch.arange(m - n, m)[:, None] - torch.arange(m) + late
+        keys = r.flip(1)[:, away.clamp(0, m - 1)]
+        place = ((q + w[:, None]).unsqueeze(-2) * keys).sum(-1)
+        scores = ((q + u[:, None]) @ k.transpose(-2, -1) + place) * e**-0.5
+        return scores.masked_fill(~causal_mask(n, m), -torch.inf).softmax(-1) @ v
+
+    ours = z.xl_attention(q, k, v, r, u, w)
+    assert torch.allclose(ours, by_gather(), atol=1e-5)
+    assert not torch.allclose(ours, by_gather(late=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("n, segment, depth", [(24, 6, 2), (17, 5, 3), (9, 1, 1), (8, 20, 2)])
+def test_transformer_xl_segments_equal_one_pass(n, segment, depth, seed):
+    net, ids = model(*[n] * depth), torch.randint(20, (2, n))
+    assert contracts.agree(lambda i: net(i)[0], in_segments(net, segment), ids)
+
+
+@pytest.mark.parametrize("n, segment, memory", [(24, 6, 6), (20, 4, 10), (17, 5, 3), (12, 3, 0)])
+def test_transformer_xl_short_memory_equals_a_mask(n, segment, memory, seed):
+    net, ids = model(memory, memory), torch.randint(20, (2, n))
+    masks = [z.segment_mask(n, segment, memory)] * 2
+    assert contracts.agree(lambda i: net(i, masks=masks)[0], in_segments(net, segment), ids)
+    other = [z.segment_mask(n, segment, memory + 1)] * 2
+    assert not contracts.agree(lambda i: net(i, masks=other)[0], in_segments(net, segment), ids)
+
+
+def test_transformer_xl_fails_with_absolute_positions(seed):
+    net, ids = model(24, 24), torch.randint(20, (2, 24))
+    net.embed.positions = SinusoidalPositions()
+    assert not contracts.agree(lambda i: net(i)[0], in_segments(net, 6), ids)
+
+
+def test_transformer_xl_memory_gets_no_gradient(seed):
+    layer, memory = z.XLAttention(16, 2), torch.randn(2, 5, 16, requires_grad=True)
+    y = layer(torch.randn(2, 4, 16), memory)
+    assert torch.autograd.grad(y.sum(), memory, allow_unused=True)[0] is None
+    _, states = z.read(model(6), torch.randint(20, (2, 12)), 6)
+    assert not states[0].requires_grad
+
+
+def test_transformer_xl_causal_and_broken(seed):
+    layer, x = randomized(z.XLAttention(16, 2)), torch.randn(2, 7, 16)
+    assert contracts.causal(layer, x)
+    assert not contracts.causal(lambda x: layer(x.flip(1)), x)
+
+
+@pytest.mark.parametrize("n, segment, memory", [(22, 6, 4), (13, 5, 9), (8, 8, 1), (7, 3, 12), (3, 5, 2)])
+def test_transformer_xl_all_segments_at_once(n, segment, memory, seed):
+    layer, x = randomized(z.XLAttention(16, 2)), torch.randn(2, n, 16)
+    mask = z.segment_mask(n, segment, memory)
+    part = z.SegmentAttention(layer, segment, memory)
+    assert contracts.agree(part, lambda x: layer(x, mask=mask), x)
+    if n > 1:
+        assert contracts.causal(part, x)
+
+
+def test_transformer_xl_segments_with_padding(seed):
+    part = z.SegmentAttention(randomized(z.XLAttention(16, 2)), 4, 4)
+    real = torch.arange(11) < torch.tensor([[11], [7]])
+    read = lambda x, real: part(x, mask=padding_mask(real))
+    assert contracts.padding_invariant(read, torch.randn(2, 11, 16), real)
+
+
+@pytest.mark.parametrize("memory", [0, 5])
+def test_transformer_xl_parity_with_xlnet(memory, seed):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
+
+    d, h, n = 16, 2, 6
+    config = transformers.XLNetConfig(d_model=d, n_head=h, d_inner=32, n_layer=1, dropout=0.0)
+    theirs, ours = XLNetRelativeAttention(config).eval(), z.XLAttention(d, h)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(std=0.3)
+        flat = lambda w: w.reshape(d, d)
+        ours.to_q.weight.copy_(flat(theirs.q).T)
+        ours.to_kv.weight.copy_(torch.cat([flat(theirs.k).T, flat(theirs.v).T]))
+        ours.to_r.weight.copy_(flat(theirs.r).T)
+        ours.to_out.weight.copy_(flat(theirs.o))
+        ours.content.copy_(theirs.r_w_bias)
+        ours.place.copy_(theirs.r_r_bias)
+        m = memory + n
+        x, past = torch.randn(2, n, d), torch.randn(2, memory, d)
+        waves = z.sinusoidal_positions(m + 1, d).flip(0)[:, None].expand(-1, 2, -1)
+        blocked = (~causal_mask(n, m)).float()[:, :, None, None]
+        found = theirs(x.transpose(0, 1), None, blocked, None, waves, None, mems=past.transpose(0, 1))
+        wanted = found[0].transpose(0, 1)
+        got = theirs.layer_norm(x + ours(x, past))
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+# ----------------------------------------------------------------------- which layers, and compression
+
+
+@pytest.mark.parametrize("lengths", [[4, 12], [12, 4], [3, 8, 8]])
+def test_deep_long_range_memory_is_a_mask_per_layer(lengths, seed):
+    net, ids = model(*lengths), torch.randint(20, (2, 24))
+    masks = [z.segment_mask(24, 4, m) for m in lengths]
+    assert contracts.agree(lambda i: net(i, masks=masks)[0], in_segments(net, 4), ids)
+    assert not contracts.agree(lambda i: net(i, masks=masks[::-1])[0], in_segments(net, 4), ids)
+
+
+@pytest.mark.parametrize("depth, count", [(24, 4), (5, 2), (3, 3), (7, 1)])
+def test_deep_long_range_memory_arrangements(depth, count):
+    for where in ("first", "last", "spread"):
+        lengths = z.arrange_memories(depth, count, 9, 2, where)
+        assert len(lengths) == depth and lengths.count(9) == count
+    assert z.arrange_memories(depth, count, 9, 2)[-1] == 9
+    assert z.arrange_memories(depth, count, 9, 2, "first")[0] == 9
+
+
+@pytest.mark.parametrize("slots, older, segment", [(6, 8, 6), (4, 4, 5), (3, 9, 2)])
+def test_compressive_transformer_at_rate_one(slots, older, segment, seed):
+    squeezed = model(z.Compressive(slots, older, nn.Identity(), 1))
+    plain = z.transformer_xl(20, 16, 2, [slots + older])
+    plain.load_state_dict(squeezed.state_dict())
+    ids = torch.randint(20, (2, 40))
+    assert contracts.agree(in_segments(squeezed, segment), in_segments(plain, segment), ids)
+    short = z.transformer_xl(20, 16, 2, [slots + older - 1])
+    short.load_state_dict(squeezed.state_dict())
+    assert not contracts.agree(in_segments(squeezed, segment), in_segments(short, segment), ids)
+
+
+@pytest.mark.parametrize("rate", [2, 3])
+def test_compressive_transformer_losses_do_not_mix(rate, seed):
+    net = model(z.Compressive(6, 4, z.ConvolutionCompression(16, rate), rate))
+    logits, states = z.read(net, torch.randint(20, (2, 30)), 6)
+    assert states[0].recent.shape[1] == 6 and states[0].older.shape[1] == 4
+    states[0].loss.backward(retain_graph=True)
+    touched = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"memories.0.compress.weight", "memories.0.compress.bias"}
+    net.zero_grad()
+    logits.sum().backward()
+    assert net.memories[0].compress.weight.grad is None
+
+
+def test_compressive_transformer_loss_is_zero_for_a_perfect_summary(seed):
+    layer, x, old = randomized(z.XLAttention(16, 2)), torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    assert z.reconstruction_loss(layer, x, old, old.flip(1)) < 1e-10  # attention by content has no order
+    assert z.reconstruction_loss(layer, x, old, old[:, ::2]) > 1e-4
+
+
+# ----------------------------------------------------------------------------------- choosing, probing
+
+
+@pytest.mark.parametrize("b, m, d, h", [(2, 9, 16, 2), (1, 4, 24, 3)])
+def test_trams_scores_and_limits(b, m, d, h, seed):
+    layer, x, memory = randomized(z.XLAttention(d, h)), torch.randn(b, 5, d), torch.randn(b, m, d)
+    keys = z.memory_keys(layer, memory)
+    q = layer.to_q(x).unflatten(-1, (h, -1)).transpose(1, 2)
+    k = layer.to_kv(memory)[..., :d].unflatten(-1, (h, -1)).transpose(1, 2)
+    assert torch.allclose(x[:, None] @ keys.transpose(-2, -1), q @ k.transpose(-2, -1), atol=1e-4)
+    angle = F.cosine_similarity(keys, torch.ones(d), dim=-1)
+    assert torch.allclose(z.ones_score(keys), angle * keys.norm(dim=-1), atol=1e-4)
+    released = d**0.5 * angle.abs() * keys.norm(dim=-1) ** 2
+    assert torch.allclose(z.released_score(keys), released, rtol=1e-3, atol=1e-3)
+    everything = z.SelectedMemory(layer, m)
+    assert torch.allclose(everything(x, memory), layer(x, memory), atol=1e-5)
+    assert not torch.allclose(z.SelectedMemory(layer, 1)(x, memory), layer(x, memory), atol=1e-3)
+
+
+def test_trams_keeps_the_best(seed):
+    layer, x, memory = randomized(z.XLAttention(16, 1)), torch.randn(1, 3, 16), torch.randn(1, 6, 16)
+    one = z.SelectedMemory(layer, 1, z.norm_score)
+    best = int(z.norm_score(z.memory_keys(layer, memory)).argmax())
+    effect = contracts.influence(lambda memory: one(x, memory), memory)
+    assert (effect[:, best] > 1e-6).all()
+
+
+@pytest.mark.parametrize("n, keep", [(12, 4), (9, 9), (7, 0)])
+def test_do_they_use_context_damages(n, keep, seed):
+    ids = torch.randint(50, (3, n))
+    shuffled, replaced = z.shuffle_far(ids, keep, seed), z.replace_far(ids, keep)
+    near = slice(n - keep, n)
+    assert torch.equal(shuffled[:, near], ids[:, near]) and torch.equal(replaced[:, near], ids[:, near])
+    assert torch.equal(shuffled.sort(1).values, ids.sort(1).values)
+    assert torch.equal(replaced[1, : n - keep], ids[0, : n - keep])
+
+
+def test_do_they_use_context_reach_is_exact(seed):
+    net, ids = model(4, 4), torch.randint(20, (3, 20))
+    with torch.no_grad():
+        last = lambda ids: in_segments(net, 4)(ids)[:, -4:]
+        clean = last(ids)
+        assert torch.equal(last(z.replace_far(ids, 12)), clean)
+        assert not torch.equal(last(z.replace_far(ids, 11)), clean)
+    targets = torch.randint(20, (3, 20))
+    losses = z.token_losses(in_segments(net, 4)(ids), targets)
+    wanted = F.cross_entropy(in_segments(net, 4)(ids).flatten(0, 1), targets.flatten())
+    assert torch.allclose(losses.mean(), wanted, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- ATLAS
+
+
+def gates(b, h, n):
+    return z.Gates(*(0.3 + 0.6 * torch.rand(4, b, h, n)))
+
+
+def word_by_word(q, k, v, gates, window, optimize, chunk=1):
+    """The rule as the paper writes it; gradients at the memory before the chunk."""
+    b, h, n, f = k.shape
+    memory = speed = torch.zeros(b, h, v.shape[-1], f)
+    out = []
+    for t in range(n):
+        if t % chunk == 0:
+            held = memory
+        slope = torch.zeros_like(memory)
+        for i in range(max(0, t - window + 1), t + 1):
+            wrong = (held @ k[:, :, i, :, None])[..., 0] - v[:, :, i]
+            slope = slope + gates.weight[:, :, i, None, None] * wrong[..., None] * k[:, :, i, None]
+        speed = gates.momentum[:, :, t, None, None] * speed + slope
+        memory = gates.keep[:, :, t, None, None] * memory - gates.rate[:, :, t, None, None] * optimize(speed)
+        out.append((memory @ q[:, :, t, :, None])[..., 0])
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("window, chunk", [(1, 1), (3, 1), (4, 5), (2, 20), (20, 3)])
+@pytest.mark.parametrize("optimize", [IDENTITY, z.newton_schulz], ids=["plain", "muon"])
+def test_atlas_memory_is_the_rule(window, chunk, optimize, seed):
+    q, k, v = torch.randn(2, 2, 11, 4), F.normalize(torch.randn(2, 2, 11, 4), dim=-1), torch.randn(2, 2, 11, 3)
+    given = gates(2, 2, 11)
+    wanted = word_by_word(q, k, v, given, window, optimize, chunk)
+    got = z.omega_memory(q, k, v, given, window, chunk, optimize)
+    assert torch.allclose(got, wanted, atol=1e-3, rtol=1e-3)
+    other = z.omega_memory(q, k, v, given, window + 1 if window < 11 else window - 10, chunk, optimize)
+    assert not torch.allclose(other, wanted, atol=1e-2)
+
+
+def test_atlas_memory_without_error_is_linear_attention(seed):
+    q, k, v = (torch.randn(2, 2, 9, 5) for _ in range(3))
+    one = torch.ones(2, 2, 9)
+    hebb = lambda found, wanted: -wanted
+    for chunk in (1, 4, 16):
+        got = z.omega_memory(q, k, v, z.Gates(one, one, 0 * one, one), 1, chunk, IDENTITY, hebb)
+        assert torch.allclose(got, (q @ k.transpose(-2, -1)).tril() @ v, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (20, 6), (1, 1)])
+def test_atlas_memory_newton_schulz(shape, seed):
+    g = torch.randn(shape)
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    after = z.newton_schulz(g)
+    inner = u.transpose(-2, -1) @ after @ vt.transpose(-2, -1)  # diagonal in the same basis
+    assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
+    assert after.shape == g.shape and torch.linalg.svdvals(after).max() < 1.3
+
+
+@pytest.mark.parametrize("d", [3, 6])
+def test_atlas_memory_features_and_capacity(d, seed):
+    x = torch.randn(100, d, dtype=torch.float64)
+    found, f = z.polynomial_features(x), d + d * (d + 1) // 2
+    assert found.shape == (100, f) and torch.linalg.matrix_rank(found) == f
+
+
+@pytest.mark.parametrize("window, chunk", [(1, 1), (3, 4), (2, 16)])
+def test_atlas_memory_layer_is_causal(window, chunk, seed):
+    layer = z.AtlasMemory(16, 2, window, chunk)
+    assert contracts.causal(layer, torch.randn(2, 9, 16))
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    read = lambda x, real: layer(x, mask=padding_mask(real))
+    assert contracts.padding_invariant(read, torch.randn(2, 9, 16), real)
+
+
+def test_atlas_memory_decaying_sum(seed):
+    decay, x, start = torch.rand(2, 1, 7), torch.randn(2, 1, 7, 3, 2), torch.randn(2, 1, 3, 2)
+    y, wanted = start, []
+    for t in range(7):
+        y = decay[:, :, t, None, None] * y + x[:, :, t]
+        wanted.append(y)
+    assert torch.allclose(z.decaying_sum(decay, x, start), torch.stack(wanted, 2), atol=1e-5)
+    decay[:] = 0  # forgets everything: nothing may be nan
+    assert torch.allclose(z.decaying_sum(decay, x, start), x)
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+BAD = {
+    "heads": lambda: z.XLAttention(10, 3),
+    "slots": lambda: z.Recent(-1),
+    "memories": lambda: z.TransformerXL(nn.Identity(), [], [z.Recent(2)], nn.Identity()),
+    "segment": lambda: z.segment_mask(4, 0, 2),
+    "segments": lambda: z.SegmentAttention(z.XLAttention(8, 2), 4, 0),
+    "count": lambda: z.arrange_memories(4, 5, 8, 2),
+    "where": lambda: z.arrange_memories(4, 2, 8, 2, "middle"),
+    "rate": lambda: z.ConvolutionCompression(8, 0),
+    "sizes": lambda: z.Compressive(0, 4, nn.Identity(), 1),
+    "kept": lambda: z.SelectedMemory(z.XLAttention(8, 2), 0),
+    "keep": lambda: z.shuffle_far(torch.zeros(1, 4, dtype=torch.long), 5),
+    "window": lambda: z.AtlasMemory(8, 2, window=0),
+    "padding": lambda: z.CompressedSegments(z.XLAttention(8, 2), z.Compressive(2, 2, nn.Identity(), 1), 2)(
+        torch.randn(1, 4, 8), torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_name_the_value(name):
+    with pytest.raises(ValueError, match=r"\d|middle"):
+        BAD[name]()
+
+
+@pytest.mark.parametrize("name", list(z.mechanisms))
+def test_mechanisms_are_causal(name):
+    torch.manual_seed(0)
+    module, inputs = z.mechanisms[name]()
+    assert contracts.causal(partial(module), inputs[0][:1, :40])
