@@ -1,7 +1,9 @@
 """Settings for every test and notebook under pytest. It stands here because `pytest notebooks` does not read tests/."""
 
 import os
+import re
 import socket
+from importlib.util import find_spec
 
 import pytest
 
@@ -39,6 +41,17 @@ def _loopback_only(self, address):
 
 
 socket.socket.connect = _loopback_only
+
+
+def pytest_report_header():
+    if find_spec("triton") is None:
+        return "Triton is not installed (it exists for Linux): tests/kernels and chapters 70 to 75 are skipped"
+
+
+def pytest_ignore_collect(collection_path):
+    """Chapters that launch kernels need Triton; their reference cells run without it, their kernels do not."""
+    if find_spec("triton") is None and re.match(r"7[0-5]_.*\.ipynb$", collection_path.name):
+        return True
 
 
 def pytest_collection_modifyitems(config, items):

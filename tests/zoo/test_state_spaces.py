@@ -1,0 +1,395 @@
+"""Chapter 15: three forms of a recurrence, Legendre memory, Hyena, Mamba, DeciMamba and Avey on random shapes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tfkit import contracts, measure
+from tfkit.zoo import state_spaces as z
+from tfkit.zoo.transformer import PreNorm
+
+
+@pytest.fixture(params=[0, 1, 2])
+def seed(request):
+    torch.manual_seed(request.param)
+    return request.param
+
+
+def loop(decay, x, h=None):
+    h, states = torch.zeros_like(x[:, 0]) if h is None else h, []
+    for t in range(x.shape[1]):
+        h = decay[:, t] * h + x[:, t]
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+# ------------------------------------------------------------------------------------------------- scan and convolution
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 21])
+def test_scan_equals_the_loop(seed, n):
+    decay, x = torch.rand(2, n, 3, 2), torch.randn(2, n, 3, 2)
+    assert contracts.reduces_to(z.linear_scan, loop, decay, x)
+    state = torch.randn(2, 3, 2)
+    assert torch.allclose(z.linear_scan(decay, x, state), loop(decay, x, state), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_scan_gradients_in_double_precision(n):
+    torch.manual_seed(0)
+    decay, x, state = (torch.randn(2, *shape, dtype=torch.double).requires_grad_() for shape in ((n, 3), (n, 3), (3,)))
+    assert torch.autograd.gradcheck(z.linear_scan, (decay, x, state))
+
+
+def test_scan_of_complex_numbers(seed):
+    decay, x = (torch.randn(2, 6, 3, dtype=torch.cdouble).requires_grad_() for _ in range(2))
+    assert torch.allclose(z.linear_scan(decay, x), loop(decay, x))
+    assert torch.autograd.gradcheck(z.linear_scan, (decay, x))
+
+
+def test_scan_checks_its_input():
+    with pytest.raises(ValueError, match="at least one token"):
+        z.linear_scan(torch.ones(2, 0, 3), torch.ones(2, 0, 3))
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (9, 9), (9, 3), (6, 11)])
+def test_convolution_equals_the_sum(seed, n, m):
+    x, kernel = torch.randn(2, n, 4), torch.randn(m, 4)
+    expected = torch.zeros_like(x)
+    for t in range(n):
+        for j in range(max(0, t - m + 1), t + 1):
+            expected[:, t] += kernel[t - j] * x[:, j]
+    assert torch.allclose(z.causal_convolution(x, kernel), expected, atol=1e-5)
+
+
+def test_a_circular_convolution_is_caught(seed):
+    kernel, x = torch.randn(8, 3), torch.randn(2, 8, 3)
+    wave = lambda x: torch.fft.rfft(x, dim=1)
+    assert contracts.causal(lambda x: z.causal_convolution(x, kernel), x)
+    assert not contracts.causal(lambda x: torch.fft.irfft(wave(x) * wave(kernel[None]), 8, dim=1), x)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 23])
+def test_s4d_kernel_is_its_sum(seed, length):
+    step, a = torch.rand(3) + 0.1, torch.complex(-torch.rand(3, 4) - 0.1, torch.randn(3, 4))
+    c = torch.randn(3, 4, dtype=torch.cfloat)
+    rows = []
+    for t in range(length):
+        turn = step[:, None] * a
+        rows.append(2 * (c * (turn.exp() - 1) / a * (turn * t).exp()).sum(-1).real)
+    assert torch.allclose(z.s4d_kernel(step, a, c, length), torch.stack(rows), atol=1e-4)
+
+
+def test_s4d_streams_and_is_causal(seed):
+    layer, x = z.S4D(5, states=3), torch.randn(2, 9, 5)
+    assert contracts.decodes_in_parallel(layer, layer.step, x)
+    assert contracts.causal(layer, x)
+
+
+# ------------------------------------------------------------------------------------------------------------ lmuformer
+
+
+@pytest.mark.parametrize("order, window", [(1, 4), (4, 10), (12, 40)])
+def test_lmuformer_memory_by_convolution_is_the_recurrence(seed, order, window):
+    a, b = z.legendre_memory(order, window)
+    u = torch.randn(1, 30, 1).double()
+    h, states = torch.zeros(order).double(), []
+    for t in range(30):
+        h = a @ h + b * u[0, t]
+        states.append(h)
+    found = z.causal_convolution(u.expand(-1, -1, order), z.impulse_response(a, b, 30))
+    assert torch.allclose(found[0], torch.stack(states), atol=1e-10)
+
+
+def reconstruction_error(a, b, order, window):
+    t = torch.arange(200).double()
+    u = (t / 9).sin()
+    m = z.causal_convolution(u[None, :, None].expand(1, -1, order), z.impulse_response(a, b, 200))[0, -1]
+    back = z.legendre_readout(order, (torch.arange(window).double() + 0.5) / window) @ m
+    return (back - u.flip(0)[:window]).abs().max()
+
+
+@pytest.mark.parametrize("order, window", [(8, 40), (12, 64), (20, 80)])
+def test_lmuformer_memory_reconstructs_its_window_and_a_wrong_sign_does_not(order, window):
+    a, b = z.legendre_memory(order, window)
+    assert reconstruction_error(a, b, order, window) < 0.03
+    assert reconstruction_error(a, b.abs(), order, window) > 0.3
+
+
+def test_lmuformer_readout_is_legendre():
+    x = torch.rand(7, dtype=torch.double)
+    table = z.legendre_readout(4, x)
+    y = 2 * x - 1
+    expected = torch.stack([torch.ones_like(y), y, (3 * y**2 - 1) / 2, (5 * y**3 - 3 * y) / 2], -1)
+    assert torch.allclose(table, expected)
+    assert z.legendre_readout(1, x).shape == (7, 1)
+
+
+def test_lmuformer_streams(seed):
+    unit, x = z.LegendreMemoryUnit(6, order=5, window=8), torch.randn(2, 13, 6)
+    assert contracts.decodes_in_parallel(unit, unit.step, x)
+    assert contracts.causal(z.lmuformer(3, 8, 4, order=5, window=8), torch.randn(2, 8, 3))
+
+
+def test_lmuformer_errors():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        z.legendre_memory(0, 5)
+    with pytest.raises(ValueError, match="got 0"):
+        z.impulse_response(torch.eye(2), torch.ones(2), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- hyena
+
+
+def hyena_by_matrices(v, gates, filters, skips):
+    n = v.shape[1]
+    age = torch.arange(n)[:, None] - torch.arange(n)
+    out = torch.empty_like(v)
+    for b in range(v.shape[0]):
+        for c in range(v.shape[2]):
+            result = v[b, :, c]
+            for gate, kernel, skip in zip(gates, filters, skips, strict=True):
+                toeplitz = torch.where(age >= 0, kernel[age.clamp_min(0), c], 0.0)
+                result = gate[b, :, c] * (toeplitz @ result + skip[c] * result)
+            out[b, :, c] = result
+    return out
+
+
+@pytest.mark.parametrize("order, n", [(1, 5), (2, 9), (3, 6)])
+def test_hyena_is_diagonal_times_toeplitz(seed, order, n):
+    v, *gates = torch.randn(order + 1, 2, n, 3).unbind(0)
+    filters, skips = list(torch.randn(order, n, 3)), torch.randn(order, 3)
+    found = z.hyena(v, gates, filters, skips)
+    expected = hyena_by_matrices(v, gates, filters, skips)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(z.hyena(v, gates, filters, 0 * skips), expected, atol=1e-2)
+
+
+def test_hyena_is_causal_and_ignores_padding(seed):
+    layer, x = z.Hyena(8, length=12, order=3), torch.randn(2, 9, 8)
+    assert contracts.causal(layer, x)
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    assert contracts.padding_invariant(lambda x, real: layer(x, mask=real[:, None, None]), x, real)
+
+
+def test_hyena_filters_do_not_grow_and_end():
+    sizes = {measure.parameters(z.ImplicitFilter(6, length)) for length in (8, 64, 512)}
+    assert len(sizes) == 1
+    with pytest.raises(ValueError, match="know 8 positions, got 9"):
+        z.ImplicitFilter(6, 8)(9)
+    with pytest.raises(ValueError, match="2 gates, 1 filters"):
+        z.hyena(torch.ones(1, 2, 3), [torch.ones(1, 2, 3)] * 2, [torch.ones(2, 3)], torch.ones(2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------ selective scan
+
+
+def scan_inputs(n, dtype=torch.float32, channels=4, states=3):
+    x, delta = torch.randn(2, n, channels, dtype=dtype), torch.rand(2, n, channels, dtype=dtype)
+    b, c = torch.randn(2, 2, n, states, dtype=dtype).unbind(0)
+    return x, delta, -torch.rand(channels, states, dtype=dtype), b.contiguous(), c.contiguous()
+
+
+def selective_loop(x, delta, a, b, c):
+    h, out = x.new_zeros(len(x), *a.shape), []
+    for t in range(x.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * a) * h + (delta[:, t] * x[:, t])[..., None] * b[:, t, None]
+        out.append((h * c[:, t, None]).sum(-1))
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("n", [1, 6, 17])
+def test_selective_scan_equals_the_loop(seed, n):
+    assert contracts.reduces_to(z.selective_scan, selective_loop, *scan_inputs(n))
+
+
+def test_kernels_agree():
+    kernels = pytest.importorskip("kernels")
+    if not kernels.HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    from kernels.scan import linear_scan
+    from kernels.selective_scan import selective_scan
+
+    torch.manual_seed(0)
+    inputs = [t.to(kernels.DEVICE) for t in scan_inputs(5, channels=2, states=2)]
+    assert torch.allclose(selective_scan(*inputs), z.selective_scan(*inputs), atol=1e-5)
+    decay, x = torch.rand(2, 5, 3, device=kernels.DEVICE), torch.randn(2, 5, 3, device=kernels.DEVICE)
+    assert torch.allclose(linear_scan(decay, x), z.linear_scan(decay, x), atol=1e-5)
+
+
+NAMES = {
+    "embeddings.weight": "embed.table.weight",
+    "norm_f.weight": "stack.norm.weight",
+    "in_proj": "into",
+    "conv1d": "convolve",
+    "x_proj": "select",
+    "dt_proj": "valve",
+    "A_log": "log_a",
+    "out_proj": "out",
+    "mixer.D": "mixer.skip",
+    "layers.": "stack.blocks.",
+    ".mixer.": ".part.",
+}
+
+
+def renamed(name):
+    for old, new in NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_mamba_equals_transformers(seed, n):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=30, hidden_size=24, state_size=5, num_hidden_layers=2, conv_kernel=4, residual_in_fp32=False
+    )
+    theirs = transformers.MambaModel(config).eval()
+    ours = z.mamba(30, 24, 2, states=5).eval()
+    contracts.copy_weights(theirs, ours, renamed)
+    ids = torch.randint(30, (2, n))
+    with torch.no_grad():
+        hidden = theirs(ids, use_cache=False).last_hidden_state
+        assert torch.allclose(ours.stack(ours.embed(ids)), hidden, atol=1e-5)
+        assert torch.allclose(ours(ids), F.linear(hidden, theirs.embeddings.weight), atol=1e-4)
+        ours.stack.blocks[0].part.skip.zero_()
+        assert not torch.allclose(ours.stack(ours.embed(ids)), hidden, atol=1e-3)
+
+
+def test_mamba_is_causal(seed):
+    assert contracts.causal(z.mamba(20, 16, 2, states=3), torch.randint(20, (2, 8)))
+
+
+# ------------------------------------------------------------------------------------------------------------ decimamba
+
+
+@pytest.mark.parametrize("n, layers", [(9, [0]), (20, [0, 2]), (33, [1])])
+def test_decimamba_with_room_for_all_is_mamba(seed, n, layers):
+    model, ids = z.mamba(20, 16, 3, states=3), torch.randint(20, (2, n))
+    assert contracts.agree(z.decimamba(model, layers, base=4 * n), model, ids)
+    assert z.decimamba(model, layers, base=4, least=2)(ids).shape[1] == max(2, 4 // 2 ** (len(layers) - 1)) + 1
+
+
+@pytest.mark.parametrize("n, count, last", [(10, 4, 0), (10, 4, 3), (6, 9, 1), (5, 5, 0), (3, 2, 4)])
+def test_decimamba_keeps_the_largest_in_order(seed, n, count, last):
+    delta = torch.rand(3, n, 4)
+    kept = z.important_tokens(delta, count, last)
+    context = max(0, n - last)
+    assert kept.shape == (3, min(count, context) + n - context)
+    for row, scores in zip(kept.tolist(), delta.norm(dim=-1).tolist(), strict=True):
+        best = sorted(range(context), key=lambda t: -scores[t])[:count]
+        assert row == sorted(best) + list(range(context, n))
+
+
+def test_decimamba_may_drop_tokens_with_delta_zero(seed):
+    x, delta, a, b, c = scan_inputs(12)
+    idle = torch.rand(12) < 0.4
+    idle[-1] = False
+    delta[:, idle] = 0.0
+    kept = z.important_tokens(delta, int((~idle).sum()))
+    shorter = z.selective_scan(*(z.take(t, kept) for t in (x, delta)), a, *(z.take(t, kept) for t in (b, c)))
+    assert torch.allclose(shorter, z.take(z.selective_scan(x, delta, a, b, c), kept), atol=1e-5)
+    delta[:, 0] = 1.0
+    wrong = z.important_tokens(-delta + 0 * x, 3)
+    assert wrong.shape == (2, 3)
+
+
+def test_decimamba_that_drops_the_important_is_caught(seed):
+    x, delta, a, b, c = scan_inputs(12)
+    delta[:, 3:] = 0.0
+    full = z.selective_scan(x, delta, a, b, c)[:, -1]
+    for score, right in ((delta, True), (1 - delta, False)):
+        kept = z.important_tokens(score, 6, last=1)
+        parts = [z.take(t, kept) for t in (x, delta, b, c)]
+        found = z.selective_scan(parts[0], parts[1], a, *parts[2:])[:, -1]
+        assert torch.allclose(found, full, atol=1e-5) == right
+
+
+def test_decimamba_errors():
+    with pytest.raises(ValueError, match="got 0"):
+        z.important_tokens(torch.rand(1, 4, 2), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- avey
+
+
+def retrieve_by_loop(splits, top, query):
+    """The same, split by split."""
+    rows = []
+    asked = query(splits)
+    for b in range(len(splits)):
+        for i in range(splits.shape[1]):
+            scores = [z.maxsim(asked[b, i], splits[b, j : j + 1]).item() for j in range(i)]
+            chosen = sorted(sorted(range(i), key=lambda j: -scores[j])[:top])
+            best = max([scores[j] for j in chosen] + [1e-6])
+            parts = [splits[b, j] * scores[j] / best for j in chosen]
+            zeros = [torch.zeros_like(splits[b, i])] * (top - len(chosen))
+            rows.append(torch.cat([*zeros, *parts, splits[b, i]]))
+    return torch.stack(rows).unflatten(0, splits.shape[:2])
+
+
+@pytest.mark.parametrize("g, top", [(1, 2), (5, 1), (6, 2), (4, 4), (5, 0)])
+@pytest.mark.parametrize("query", [z.split_before, z.split_itself])
+def test_avey_retrieval_equals_the_loop(seed, g, top, query):
+    splits = torch.randn(2, g, 3, 16) + 0.5  # scores above zero
+    found = z.retrieve(splits, top, query)
+    assert found.shape == (2, g, 3 * (top + 1), 16)
+    assert torch.allclose(found, retrieve_by_loop(splits, top, query), atol=1e-4)
+
+
+def test_avey_maxsim_is_its_definition(seed):
+    query, candidates = torch.randn(4, 6), torch.randn(3, 5, 6)
+    expected = [sum(max(F.cosine_similarity(q, s, dim=0) for s in split) for q in query) for split in candidates]
+    assert torch.allclose(z.maxsim(query, candidates), torch.stack(expected), atol=1e-5)
+    splits = torch.randn(2, 4, 3, 6)
+    pairs = torch.stack([z.maxsim(splits[:, i], splits) for i in range(4)], 1)
+    assert torch.allclose(z.rank_splits(splits, splits), pairs, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, split, top", [(11, 4, 1), (16, 4, 2), (9, 3, 5)])
+def test_avey_is_causal_and_the_released_query_is_not(seed, n, split, top):
+    model, x = z.Avey(8, split, top, depth=2), torch.randn(2, n, 8)
+    assert contracts.causal(model, x)
+    model.query = z.split_itself
+    assert not contracts.causal(model, torch.randn(4, 6 * split, 8)) or top >= 5
+
+
+def test_avey_mixing_is_its_sum(seed):
+    a, b, mix = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 5)
+    expected = torch.zeros(5, 4)
+    for i in range(5):
+        for j in range(i + 1):
+            expected[i] += mix[i, j] * F.cosine_similarity(a[i], a[j], dim=0) * a[j]
+    assert torch.allclose(z.contextualize(a, b, mix), expected * b, atol=1e-5)
+
+
+def test_avey_errors():
+    with pytest.raises(ValueError, match="got -1"):
+        z.retrieve(torch.randn(1, 3, 2, 4), -1)
+    with pytest.raises(ValueError, match="got 0"):
+        z.Avey(8, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole table
+
+
+@pytest.mark.parametrize("name", [n for n in z.mechanisms if n != "DeciMamba"])
+def test_every_mechanism_is_a_causal_mixer(name):
+    torch.manual_seed(0)
+    layer, (x,) = z.mechanisms[name]()
+    x = x[:1, :36]
+    with torch.no_grad():
+        before = layer.eval()(x)
+        assert before.shape == x.shape
+        changed = x.clone()
+        changed[:, 20:] += 1.0
+        assert torch.allclose(layer(changed)[:, :20], before[:, :20], atol=1e-4)
+        assert math.isfinite(before.sum())
+
+
+def test_decimated_block_shares_its_weights():
+    block = PreNorm(z.MambaMixer(8, states=2), nn.RMSNorm(8))
+    assert measure.parameters(nn.ModuleList([block, z.Decimated(block, 4)])) == measure.parameters(block)
