@@ -1,0 +1,462 @@
+"""Chapter 11: every mechanism against the map that it avoids, its limits, published code, and a broken twin."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tfkit import contracts, measure
+from tfkit.zoo import linear_attention as z
+from tfkit.zoo.attention import (
+    MultiHeadAttention,
+    attention,
+    causal_attention,
+    causal_mask,
+    padding_mask,
+)
+from tfkit.zoo.transformer import remember
+
+SIZES = [(2, 4, 7, 8), (1, 2, 12, 4), (3, 1, 70, 6)]  # batch, heads, tokens, head width
+sizes = pytest.mark.parametrize("b, h, n, e", SIZES)
+FEATURES = {
+    "elu": lambda e: z.elu_features,
+    "relu": lambda e: z.relu_features,
+    "performer": lambda e: z.RandomFeatures(e, 24),
+    "cosformer": lambda e: partial(z.cosine_features, length=80),
+    "taylor": lambda e: lambda x, start=0: z.taylor_features(x / 2, 2),
+}
+features = pytest.mark.parametrize("kind", list(FEATURES))
+
+
+@pytest.fixture(params=[0, 1, 2])
+def seed(request):
+    torch.manual_seed(request.param)
+    return request.param
+
+
+def by_map(q, k, v, mask=None):
+    """Weights q_i . k_j, masked (or multiplied), normalized; rows without weights give zeros."""
+    weights = q @ k.mT
+    weights = weights if mask is None else weights * mask
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0) @ v
+
+
+# ------------------------------------------------------------------------------------------------ features: three forms
+
+
+@sizes
+@features
+def test_two_sided_form_equals_the_map(seed, kind, b, h, n, e):
+    phi = FEATURES[kind](e)
+    q, k, v = torch.randn(b, h, n, e), torch.randn(b, h, n + 3, e), torch.randn(b, h, n + 3, e + 1)
+    slow = lambda q, k, v: by_map(phi(q, 3), phi(k, 0), v)
+    assert contracts.reduces_to(z.Featured(phi), slow, q, k, v, atol=3e-5)
+
+
+@sizes
+@features
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_parallel_chunked_and_recurrent_agree(seed, kind, b, h, n, e, chunk):
+    phi = FEATURES[kind](e)
+    q, k, v = torch.randn(3, b, h, n, e).unbind(0)
+    slow = lambda q, k, v: by_map(phi(q, 0), phi(k, 0), v, causal_mask(n))
+    chunked = z.Featured(phi, partial(z.causal_feature_attention, chunk=chunk))
+    assert contracts.reduces_to(chunked, slow, q, k, v, atol=3e-5)
+    running = z.Running(chunked)
+    pieces = [running(*piece) for piece in zip(*(t.split([2, 1, n - 3], -2) for t in (q, k, v)), strict=True)]
+    assert torch.allclose(torch.cat(pieces, -2), slow(q, k, v), atol=3e-5)
+    last = chunked(q[..., -2:, :], k, v)
+    assert torch.allclose(last, slow(q, k, v)[..., -2:, :], atol=3e-5)
+
+
+def test_a_chunk_that_sees_itself_twice_is_caught(seed, monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 20, 4).unbind(0)
+    causal = z.Featured(z.elu_features, partial(z.causal_feature_attention, chunk=4))
+    right = causal(q, k, v)
+    pad = F.pad
+    late = lambda t, by, **more: pad(t, (0, 0, 0, 0, 0, 1) if by == (0, 0, 0, 0, 1, 0) else by, **more)
+    monkeypatch.setattr(z.F, "pad", late)  # states after a chunk in the place of those before it
+    assert not torch.allclose(causal(q, k, v), right, atol=1e-2)
+
+
+@features
+def test_layers_are_causal_and_cached(seed, kind):
+    layer = MultiHeadAttention(16, 2, attend=z.Featured(FEATURES[kind](8), z.causal_feature_attention))
+    x = torch.randn(2, 9, 16)
+    assert contracts.causal(layer, x)
+    with torch.no_grad(), remember(layer):
+        pieces = torch.cat([layer(piece) for piece in x.split([4, 1, 1, 3], 1)], 1)
+    assert torch.allclose(pieces, layer(x), atol=1e-5)
+    two_sided = MultiHeadAttention(16, 2, attend=z.Featured(FEATURES[kind](8)))
+    assert not contracts.causal(two_sided, x)
+
+
+@features
+def test_padding_is_not_seen(seed, kind):
+    layer = MultiHeadAttention(16, 2, attend=z.Featured(FEATURES[kind](8)))
+    x, real = torch.randn(2, 6, 16), torch.arange(6) < torch.tensor([[6], [4]])
+    assert contracts.padding_invariant(lambda x, real: layer(x, padding_mask(real)), x, real)
+    assert not contracts.padding_invariant(lambda x, real: layer(x), x, real)
+
+
+def test_wrong_masks_and_lengths_are_refused():
+    q, k, v = torch.randn(3, 1, 2, 5, 4).unbind(0)
+    with pytest.raises(ValueError, match="once for all queries"):
+        z.feature_attention(q, k, v, causal_mask(5))
+    with pytest.raises(ValueError, match="5 keys"):
+        z.feature_attention(q, k, v, torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="got 3"):
+        z.causal_feature_attention(q, k[..., :3, :], v[..., :3, :])
+    with pytest.raises(ValueError, match="got 0"):
+        z.RandomFeatures(4, 0)
+
+
+def test_random_features_are_unbiased_and_orthogonal(seed):
+    w = z.orthogonal_gaussian(24, 8, seed)
+    for block in w.split(8):
+        products = block @ block.T
+        assert torch.allclose(products, products.diag().diag(), atol=1e-4)
+    q, k = torch.randn(2, 6, 8).mul(0.5).unbind(0)
+    exact = (q @ k.T / 8**0.5).exp()
+    draws = [z.orthogonal_gaussian(64, 8, s) for s in range(60)]
+    many = torch.stack([z.softmax_features(q, w) @ z.softmax_features(k, w).T for w in draws])
+    assert (many.mean(0) / exact - 1).abs().mean() < 0.04
+    unscaled = z.softmax_features(2 * q, w) @ z.softmax_features(k, w).T
+    assert (unscaled / exact - 1).abs().max() > 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------ cosFormer
+
+
+@sizes
+def test_cosformer_is_relu_times_cosine(seed, b, h, n, e):
+    q, k, v = torch.randn(3, b, h, n, e).unbind(0)
+    length = n + 3
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    reweight = (math.pi / 2 * back / length).cos()
+    phi = partial(z.cosine_features, length=length)
+    slow = lambda q, k, v: by_map(F.relu(q), F.relu(k), v, reweight)
+    assert contracts.reduces_to(z.Featured(phi), slow, q, k, v)
+    assert not contracts.agree(z.Featured(z.relu_features), slow, q, k, v, atol=1e-3)
+    far = partial(z.cosine_features, length=10**6)
+    assert contracts.agree(z.Featured(far), z.Featured(z.relu_features), q, k, v)
+    maps = z.Featured(phi)(q, k, torch.eye(n).expand(b, h, n, n))
+    assert (maps >= 0).all()
+    assert torch.allclose(maps.sum(-1), (F.relu(q).sum(-1) > 0).float(), atol=1e-5)
+    with pytest.raises(ValueError, match=f"length M is only {n - 1}"):
+        z.cosine_features(q, length=n - 1)
+
+
+# --------------------------------------------------------------------------------------------------- Linformer, Nyström
+
+
+@sizes
+def test_linformer_with_identity_projections_is_attention(seed, b, h, n, e):
+    q, k, v = torch.randn(3, b, h, n, e).unbind(0)
+    attend = z.ProjectedAttention(n, n)
+    with torch.no_grad():
+        attend.e.copy_(torch.eye(n)), attend.f.copy_(torch.eye(n))
+    assert contracts.reduces_to(attend, attention, q, k, v)
+    with torch.no_grad():
+        attend.f[0, 0] = 0.0
+    assert not contracts.agree(attend, attention, q, k, v, atol=1e-3)
+
+
+def test_linformer_leaks_and_has_low_rank(seed):
+    layer, x = z.linformer_attention(16, 2, length=12, rank=3), torch.randn(2, 10, 16)
+    assert not contracts.causal(layer, x)
+    assert (torch.linalg.matrix_rank(layer.maps(x), rtol=1e-4) <= 3).all()
+    real = torch.arange(10) < torch.tensor([[10], [7]])
+    assert contracts.padding_invariant(lambda x, real: layer(x, padding_mask(real)), x[:, :10], real)
+    with pytest.raises(ValueError, match="12 keys, got 13"):
+        layer(torch.randn(1, 13, 16))
+    with pytest.raises(ValueError, match="between 1 and 12, got 13"):
+        z.ProjectedAttention(12, 13)
+    with pytest.raises(ValueError, match="once for all queries"):
+        layer(x, causal_mask(10))
+    shared = layer.attend
+    two = nn.ModuleList(MultiHeadAttention(16, 2, attend=shared) for _ in range(2))
+    assert measure.parameters(two) == 2 * measure.parameters(MultiHeadAttention(16, 2)) + 2 * 3 * 12
+
+
+def test_nystrom_with_every_token_a_landmark_is_attention(seed):
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64).unbind(0)
+    exact = partial(z.nystrom_attention, rank=9, inverse=torch.linalg.pinv)
+    assert contracts.agree(exact, attention, q, k, v)
+    assert not contracts.agree(partial(z.nystrom_attention, rank=3), attention, q, k, v, atol=1e-3)
+    a = torch.randn(2, 5, 5, dtype=torch.float64).softmax(-1) + torch.eye(5)
+    assert torch.allclose(z.iterated_inverse(a, 30), torch.linalg.pinv(a), atol=1e-6)
+    with pytest.raises(ValueError, match="10 landmarks for 9 by 9"):
+        z.nystrom_attention(q, k, v, 10)
+    with pytest.raises(ValueError, match="mask"):
+        z.NystromAttention(3)(q, k, v, torch.ones(1, 9, dtype=torch.bool))
+
+
+def test_nystrom_equals_transformers(seed):
+    code = pytest.importorskip("transformers.models.nystromformer.modeling_nystromformer")
+    config = code.NystromformerConfig(
+        hidden_size=24, num_attention_heads=4, num_landmarks=4, segment_means_seq_len=12, conv_kernel_size=3,
+    )  # fmt: skip
+    theirs = code.NystromformerSelfAttention(config).eval()
+    nn.init.zeros_(theirs.conv.weight)  # a convolution of the values beside the landmarks
+    ours = MultiHeadAttention(24, 4, attend=z.NystromAttention(4))
+    three = [theirs.query, theirs.key, theirs.value]
+    with torch.no_grad():
+        ours.to_qkv.weight.copy_(torch.cat([part.weight for part in three]))
+        ours.to_qkv.bias.copy_(torch.cat([part.bias for part in three]))
+        ours.to_out.weight.copy_(torch.eye(24)), ours.to_out.bias.zero_()
+    x = torch.randn(2, 12, 24)
+    assert contracts.agree(ours, lambda x: theirs(x)[0], x)
+    ours.attend.rank = 6
+    assert not contracts.agree(ours, lambda x: theirs(x)[0], x, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ AFT
+
+
+def aft_by_softmax(k, v, w):
+    past = causal_mask(k.shape[-2])[..., None]
+    scores = (k[..., None, :, :] + w[..., None]).masked_fill(~past, -torch.inf)
+    return (scores.softmax(-2) * v[..., None, :, :]).sum(-2)
+
+
+@pytest.mark.parametrize("b, n, d, window", [(2, 9, 5, 4), (1, 16, 3, 1), (3, 7, 2, 7), (1, 13, 4, 20), (2, 5, 3, 0)])
+def test_aft_averages_equal_the_softmax_form(seed, b, n, d, window):
+    k, v = torch.randn(2, b, n, d).unbind(0)
+    rows, columns = torch.randn(2, n, 3).unbind(0)
+    w, back = rows @ columns.T, torch.arange(n)[:, None] - torch.arange(n)
+    local = lambda k, v: z.local_average(k, v, rows, columns, window)
+    near = w * (back < window)
+    assert contracts.reduces_to(local, lambda k, v: aft_by_softmax(k, v, near), k, v, atol=5e-5)
+    full = lambda k, v: z.full_average(k, v, w)
+    assert contracts.reduces_to(full, lambda k, v: aft_by_softmax(k, v, w), k, v, atol=2e-5)
+    assert contracts.reduces_to(z.simple_average, lambda k, v: aft_by_softmax(k, v, 0 * w), k, v, atol=2e-5)
+    if 0 < window < n - 1:
+        assert not contracts.agree(local, lambda k, v: aft_by_softmax(k, v, w), k, v, atol=1e-3)
+
+
+def test_aft_simple_equals_rwkv_without_decay(seed):
+    code = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    k, v = torch.randn(2, 2, 8, 5).unbind(0)
+    theirs, _ = code.rwkv_linear_attention_cpu(torch.full((5,), -torch.inf), torch.zeros(5), k, v)
+    assert torch.allclose(z.simple_average(k, v), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: z.simple_average, lambda: z.FullBias(12), lambda: z.LocalBias(12, 4)])
+def test_aft_layers(seed, make):
+    layer, x = z.AFT(16, make()), torch.randn(2, 10, 16)
+    assert contracts.causal(layer, x)
+    assert contracts.gradients_reach(layer, x)
+    flat = lambda k, v: v.mean(-2, keepdim=True).expand_as(v)
+    assert not contracts.causal(z.AFT(16, flat), x)
+    with pytest.raises(ValueError, match="causal by itself"):
+        layer(x, torch.ones(1, 10, dtype=torch.bool))
+    if make() is not z.simple_average:
+        with pytest.raises(ValueError, match="12 positions, got 13"):
+            layer(torch.randn(1, 13, 16))
+
+
+def test_aft_conv(seed):
+    q, v = torch.randn(2, 2, 3, 4, 6, 7).unbind(0)
+    k, w = torch.randn(2, 3, 6, 7), torch.randn(3, 3, 3)
+    torus = partial(F.pad, mode="circular")
+    shift = lambda t: t.roll((2, 3), (-2, -1))
+    moved = z.aft_conv(shift(q), shift(k), shift(v), w, torus)
+    assert torch.allclose(moved, shift(z.aft_conv(q, k, v, w, torus)), atol=1e-5)
+    assert not torch.allclose(z.aft_conv(shift(q), shift(k), shift(v), w), shift(z.aft_conv(q, k, v, w)), atol=1e-3)
+    i, j = 2, 5  # one pixel, summed by hand
+    top, bottom = 0.0, 0.0
+    for y in range(6):
+        for x in range(7):
+            inside = abs(y - i) <= 1 and abs(x - j) <= 1
+            bias = w[:, y - i + 1, x - j + 1] if inside else torch.zeros(3)
+            a = (k[:, :, y, x] + bias).exp()[..., None]
+            top, bottom = top + a * v[..., y, x], bottom + a
+    expected = q[..., i, j].sigmoid() * top / bottom
+    assert torch.allclose(z.aft_conv(q, k, v, w)[..., i, j], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="odd size; got 4"):
+        z.aft_conv(q, k, v, torch.randn(3, 4, 4))
+    with pytest.raises(ValueError, match="got -1"):
+        z.local_average(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- trees
+
+
+def random_tree(n, seed, reach=30):
+    g = torch.Generator().manual_seed(seed)
+    i = torch.arange(1, n)
+    return torch.stack([i - 1 - (torch.rand(n - 1, generator=g) * i.clamp(max=reach)).long(), i], 1)
+
+
+def all_distances(edges, lengths):
+    d = torch.zeros(len(edges) + 1, len(edges) + 1)
+    for (parent, i), w in zip(edges.tolist(), lengths.tolist(), strict=True):
+        d[i, :i] = d[:i, i] = d[parent, :i] + w
+    return d
+
+
+@pytest.mark.parametrize("n, reach, leaf", [(1, 1, 4), (2, 1, 4), (60, 1, 4), (60, 60, 2), (90, 5, 16)])
+def test_tree_field_integrators_equal_brute_force(seed, n, reach, leaf):
+    edges, x = random_tree(n, seed, reach), torch.randn(2, n, 3)
+    shuffle = torch.randperm(n)  # names of nodes must not matter
+    for lengths, f in (
+        (torch.rand(n - 1), z.PolynomialExponential([1.0, -0.5, 0.1])),
+        (torch.rand(n - 1), z.PolynomialExponential([1.0, 0.2], -0.7)),
+        (1.0 + torch.arange(n - 1) % 3, z.OnIntegers(lambda d: 1 / (1 + d * d))),
+        (torch.ones(n - 1), z.OnIntegers(z.ExponentialQuadratic(-0.4))),
+    ):
+        d = torch.zeros(n, n)
+        d[shuffle[:, None], shuffle] = all_distances(edges, lengths)
+        tree = z.IntegratorTree(shuffle[edges] if n > 1 else edges, lengths, leaf)
+        fast, brute = z.integrate(tree, f, x), f(d) @ x
+        assert (fast - brute).norm() < 1e-5 * brute.norm()
+
+
+def test_tree_field_integrators_without_the_pivot_correction_fail(seed):
+    edges, x, f = random_tree(80, seed), torch.randn(80, 2), z.PolynomialExponential([1.0, 0.2], -0.7)
+    tree = z.IntegratorTree(edges, torch.rand(79), leaf=8)
+    right = z.integrate(tree, f, x)
+    tree.pivots = tree.pivots[:0]
+    assert (z.integrate(tree, f, x) - right).norm() > 0.1 * right.norm()
+
+
+def test_topological_attention(seed):
+    edges = z.grid_tree(5, 6)
+    tree, d = z.IntegratorTree(edges, torch.ones(29), leaf=4), all_distances(edges, torch.ones(29))
+    q, k, v = torch.randn(3, 2, 2, 30, 4).unbind(0)
+    f = z.ExponentialQuadratic()
+    attend = z.TopologicalAttention(tree, z.OnIntegers(f))
+    assert contracts.reduces_to(attend, z.Featured(z.elu_features), q, k, v)
+    with torch.no_grad():
+        f.abc.copy_(torch.tensor([0.01, -0.5, 0.2]))
+    explicit = lambda q, k, v: by_map(z.elu_features(q), z.elu_features(k), v, f(d))
+    assert contracts.reduces_to(attend, explicit, q, k, v)
+    assert not contracts.agree(attend, z.Featured(z.elu_features), q, k, v, atol=1e-2)
+    ours, theirs = (torch.autograd.grad(way(q, k, v).square().sum(), f.abc)[0] for way in (attend, explicit))
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="the tree is the mask"):
+        attend(q, k, v, torch.ones(1, 30, dtype=torch.bool))
+    with pytest.raises(ValueError, match="30 nodes, the field 29"):
+        z.integrate(tree, f, v[..., :29, :])
+    with pytest.raises(ValueError, match="need a tree"):
+        z.IntegratorTree(torch.tensor([[0, 1], [0, 1], [2, 3]]), torch.ones(3))
+
+
+# ------------------------------------------------------------------------------------------------------------ EcoFormer
+
+
+@sizes
+def test_ecoformer_linear_form_equals_the_map(seed, b, h, n, e):
+    q, k, v = torch.randn(b, h, n, e).sign(), torch.randn(b, h, n + 2, e).sign(), torch.randn(b, h, n + 2, 3)
+    hamming = (q.unsqueeze(-2) != k.unsqueeze(-3)).sum(-1)
+    weights = q @ k.mT + e + 1
+    assert torch.equal(weights, 2.0 * (e - hamming) + 1)
+    expected = weights / weights.sum(-1, keepdim=True) @ v
+    assert torch.allclose(z.code_attention(q, k, v), expected, atol=1e-5)
+    ones = torch.ones_like(v)
+    assert torch.allclose(z.code_attention(q, k, ones), ones[..., :n, :], atol=1e-5)
+    m = n + 2
+    released = (q @ (k.mT @ v[..., :m, :]) + (e + 1) * v[..., :n, :]) / weights.sum(-1, keepdim=True)
+    assert not torch.allclose(released, expected, atol=1e-2)
+
+
+def test_ecoformer_hash_learns(seed):
+    mix = torch.randn(8, 8) * torch.linspace(2, 0.1, 8)
+    x, new = (torch.randn(2, 64, 8) @ mix + 1.5 for _ in range(2))
+    hashing = z.KernelHash(2, 8, bits=8, seed=seed)
+
+    def gap(codes):
+        pairs, scores = z.similar_pairs(F.normalize(new, dim=-1), 8), codes @ codes.mT
+        return (scores[pairs > 0].mean() - scores[pairs < 0].mean()).item()
+
+    hashing.learn(x, count=8)
+    assert set(hashing(new).unique().tolist()) == {-1.0, 1.0}
+    planes = torch.randn(2, 8, 8)
+    assert gap(hashing(new)) > gap(torch.where(new @ planes > 0, 1.0, -1.0)) + 0.3
+
+
+def test_ecoformer_layer(seed):
+    layer, x = z.EcoAttention(16, 2, bits=8, anchors=6), torch.randn(2, 12, 16)
+    before = layer(x)
+    layer.learn(x, count=3, steps=5)
+    assert not torch.allclose(layer(x), before, atol=1e-3)
+    assert contracts.gradients_reach(layer, x)
+    real = torch.arange(12) < torch.tensor([[12], [8]])
+    assert contracts.padding_invariant(lambda x, real: layer(x, padding_mask(real)), x, real)
+    with pytest.raises(ValueError, match="3 heads"):
+        z.EcoAttention(16, 3)
+
+
+# ----------------------------------------------------------------------------------------------- almost linear gradient
+
+
+@pytest.mark.parametrize("e, degree", [(1, 3), (3, 0), (4, 2), (2, 5)])
+def test_almost_linear_gradient_features(seed, e, degree):
+    q, k = torch.randn(2, 2, 6, e, dtype=torch.float64).unbind(0)
+    u, w = z.taylor_features(q, degree), z.taylor_features(k, degree)
+    assert u.shape[-1] == math.comb(e + degree, degree)
+    s = q @ k.mT
+    assert torch.allclose(u @ w.mT, sum(s**i / math.factorial(i) for i in range(degree + 1)))
+    with pytest.raises(ValueError, match="got -1"):
+        z.taylor_features(q, -1)
+
+
+@pytest.mark.parametrize("sums, exact", [(z.EVERYWHERE, attention), (z.CAUSAL, causal_attention)], ids=["all", "past"])
+def test_almost_linear_gradient_converges_to_softmax(seed, sums, exact):
+    parts = torch.randn(3, 2, 2, 70, 3, dtype=torch.float64).mul(0.6).unbind(0)
+    ours = lambda degree: partial(z.polynomial_attention, degree=degree, sums=sums)
+    assert contracts.reduces_to(ours(12), exact, *parts, atol=1e-6)
+    assert not contracts.agree(ours(2), exact, *parts, atol=1e-3)
+    large = [4 * t for t in parts]
+    assert not contracts.agree(ours(12), exact, *large, atol=1e-2)
+    other = z.CAUSAL if sums is z.EVERYWHERE else z.EVERYWHERE
+    assert not contracts.agree(partial(z.polynomial_attention, degree=12, sums=other), exact, *parts, atol=1e-2)
+
+
+def test_almost_linear_gradient_with_the_wrong_sums_backward_fails(seed):
+    parts = torch.randn(3, 1, 1, 20, 2, dtype=torch.float64).mul(0.5).unbind(0)
+    wrong = (z.past_pairs, z.past_pairs)  # keys would get their gradients from the past
+    assert contracts.agree(partial(z.polynomial_attention, degree=12, sums=wrong), causal_attention, *parts)
+    assert not contracts.reduces_to(partial(z.polynomial_attention, degree=12, sums=wrong), causal_attention, *parts)
+    with pytest.raises(ValueError, match="not a square map"):
+        z.polynomial_attention(parts[0][..., :3, :], parts[1], parts[2], 2, z.CAUSAL)
+    with pytest.raises(ValueError, match="choose the sums"):
+        z.PolynomialAttention(2)(*parts, torch.ones(1, 20, dtype=torch.bool))
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("name", list(z.mechanisms))
+def test_mechanisms_keep_the_shape(name):
+    layer, (x,) = z.mechanisms[name]()
+    x = x[:1]
+    assert layer(x).shape == x.shape
+    causal = name in ("plain attention", "linear", "Performer", "cosFormer", "Taylor, 16 heads") or "AFT" in name
+    with torch.no_grad():
+        later = torch.cat([x[:, :100], torch.randn_like(x[:, 100:])], 1)
+        same = torch.allclose(layer(x)[:, :100], layer(later)[:, :100], atol=1e-5)
+    assert same == causal
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        z.Featured(z.elu_features, z.causal_feature_attention),
+        z.Featured(partial(z.cosine_features, length=2048), z.causal_feature_attention),
+        z.ProjectedAttention(2048, 16),
+        z.NystromAttention(16),
+        z.PolynomialAttention(2, z.CAUSAL),
+    ],
+    ids=["linear", "cosformer", "linformer", "nystrom", "polynomial"],
+)
+def test_memory_grows_with_the_length(attend):
+    counts = [512, 1024, 2048]
+    with torch.no_grad():
+        peak = [measure.peak_bytes(attend, *torch.randn(3, 1, 2, n, 8).unbind(0)) for n in counts]
+    assert measure.growth(counts, peak).exponent < 1.15
