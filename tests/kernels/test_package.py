@@ -142,7 +142,7 @@ def _add_at(x, place, BLOCK: tl.constexpr):
 def test_an_address_outside_is_found(by, where):
     x = torch.arange(8.0)
     _shift[(1,)](x, torch.zeros(8), 8, 0, BLOCK=8)
-    with pytest.raises(IndexError, match=f"_shift: load of .* {where} one"):
+    with pytest.raises(IndexError, match=f"_shift: load of .* ({where}|elements (before|behind)) one"):
         _shift[(1,)](x, torch.zeros(8), 8, by, BLOCK=8)
     with pytest.raises(IndexError, match="_shift: store"):
         _shift[(1,)](x, torch.zeros(6), 8, 0, BLOCK=8)

@@ -150,6 +150,7 @@ def atlas(records: dict[str, Record], most: int = 40):
     """The searchable table with a detail view, `most` rows at a time."""
     import ipywidgets as w
 
+    in_new_tab = lambda text: text.replace("<a href", '<a target="_blank" href')
     chosen = controls(records)
     count, table, card = w.Label(), w.HTML(), w.HTML()
     pick = w.Dropdown(description="details")
@@ -158,12 +159,13 @@ def atlas(records: dict[str, Record], most: int = 40):
         found = filtered(records, **{name: one.value for name, one in chosen.items()})
         cut = f", the first {most} shown" if len(found) > most else ""
         count.value = f"{len(found)} of {len(records)} papers{cut}"
-        table.value = atlas_table(found[:most])
+        table.value = in_new_tab(atlas_table(found[:most]))
         pick.options = [(str(r.paper), r.paper.id) for r in found] or [("none", "")]
         pick.index = 0
 
     def describe(change):
-        card.value = details(records[change["new"]]) if change["new"] else ""
+        known = records.get(change["new"])
+        card.value = in_new_tab(details(known)) if known else ""
 
     pick.observe(describe, names="value")
     for one in chosen.values():
