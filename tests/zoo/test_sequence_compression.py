@@ -225,6 +225,70 @@ def test_phd_transformer_mask_by_its_rule(n, copies, window, chunk):
             assert mask[a, b] == (allowed or near)
 
 
+def with_gradients(attend, *inputs):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    answer = attend(*inputs)
+    weight = torch.arange(answer.numel()).reshape(answer.shape).sin()
+    return [answer, *torch.autograd.grad((answer * weight).sum(), inputs)]
+
+
+def phd_gap(*sizes, n=11, scale=1.0):
+    copies = sizes[0]
+    q, k, v = torch.randn(3, 2, 3, n * copies, 8).unbind(0)
+    lean = with_gradients(lambda *t: z.hidden_attention(*t, *sizes), scale * q, scale * k, v)
+    masked = with_gradients(partial(attention, mask=z.phd_mask(n, *sizes)), scale * q, scale * k, v)
+    return max(map(worst, lean, masked))
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 16])
+@pytest.mark.parametrize(
+    "sizes", [(1,), (2,), (3,), (2, 1), (3, 4), (2, 20), (2, 2, 3), (3, 5, 2), (2, 3, 16), (2, 0, 4)]
+)
+def test_phd_transformer_without_a_mask_equals_the_masked_form(n, sizes):
+    torch.manual_seed(n)
+    assert phd_gap(*sizes, n=n) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-3, 5.0])
+def test_phd_transformer_without_a_mask_holds_for_flat_and_sharp_scores(seed, scale):
+    assert phd_gap(2, 3, n=20, scale=scale) < 1e-3
+
+
+def test_phd_transformer_broken_votes_and_blocks_are_caught(seed, monkeypatch):
+    near = z.near_copies
+    deaf = lambda *a: (near(*a)[0], 0 * near(*a)[1])  # near keys vote as one key of score zero
+    monkeypatch.setattr(z, "near_copies", deaf)
+    assert phd_gap(2) > 1e-2
+    short = lambda q, k, v, copies, window, chunk: near(q, k, v, copies, max(window - 1, 0), chunk)
+    monkeypatch.setattr(z, "near_copies", short)
+    assert phd_gap(2) < 1e-4
+    assert phd_gap(2, 3) > 1e-2
+
+
+def test_phd_transformer_memory_stays_linear():
+    lengths = [256, 512, 1024]
+    copies = {n: torch.randn(3, 1, 2, 2 * n, 8).unbind(0) for n in lengths}
+    for sizes in [(2,), (2, 8), (2, 8, 16)]:
+        lean = [measure.peak_bytes(lambda *t, s=sizes: z.hidden_attention(*t, *s), *copies[n]) for n in lengths]
+        assert measure.growth(lengths, lean).exponent < 1.2
+    masked = lambda *t: attention(*t, z.phd_mask(t[0].shape[2] // 2, 2))
+    assert measure.growth(lengths, [measure.peak_bytes(masked, *copies[n]) for n in lengths]).exponent > 1.7
+
+
+def test_phd_transformer_mixer_with_one_copy_is_causal_attention(seed):
+    mixer, x = z.RepeatMixer(16, 2, 1), torch.randn(2, 9, 16)
+    plain = partial(MultiHeadAttention.forward, mixer.mix)
+    mixer.mix.attend, lean = nn.Module(), mixer.mix.attend
+    mixer.mix.attend.forward = lambda q, k, v, mask=None: causal_attention(q, k, v)
+    exact = plain(x)
+    mixer.mix.attend = lean
+    assert worst(mixer(x), exact) < 1e-5
+    two = z.RepeatMixer(16, 2, 2)
+    before = two(x)
+    two.hidden.data.add_(1.0)  # the vectors matter: copies are not the same token twice
+    assert worst(two(x), before) > 1e-3
+
+
 def test_phd_transformer_one_copy_is_the_plain_decoder(seed):
     ours, ids = z.PHDLanguageModel(20, 16, 2, 2, copies=1), torch.randint(20, (2, 9))
     theirs = language_model(20, 16, 2, mixer=lambda: MultiHeadAttention(16, 2, attend=causal_attention))
@@ -344,6 +408,9 @@ BAD = {
     "block": lambda: z.coarsen(torch.randn(1, 7, 2), 2),
     "keep": lambda: z.VIPBlock(plain_block(), -1),
     "copies": lambda: z.phd_mask(4, 0),
+    "no copies": lambda: z.hidden_attention(*torch.randn(3, 1, 1, 4, 2), 0),
+    "chunk": lambda: z.hidden_attention(*torch.randn(3, 1, 1, 4, 2), 2, 1, 0),
+    "negative window": lambda: z.hidden_attention(*torch.randn(3, 1, 1, 4, 2), 2, -1),
     "uneven copies": lambda: z.HiddenDecoding(2)(*torch.randn(3, 1, 1, 5, 2)),
     "window and memory": lambda: z.HiddenDecoding(2, 3).remembering(),
     "bias per query": lambda: z.factored_attention(*torch.randn(3, 4, 2), bias=torch.zeros(4, 4)),

@@ -285,7 +285,7 @@ def test_combiner_equals_its_definition(seed, b, h, n, e):
     for span in (2, 5, 8):
         slow = partial(combiner_by_hand, regions=fixed_regions(span))
         assert contracts.agree(partial(z.combiner_attention, span=span), slow, q, k, v)
-    assert contracts.agree(z.logsparse_attention, partial(combiner_by_hand, regions=binary_regions), q, k, v)
+    assert contracts.reduces_to(z.logsparse_attention, partial(combiner_by_hand, regions=binary_regions), q, k, v)
     shifted = partial(combiner_by_hand, regions=fixed_regions(4))
     assert not contracts.agree(partial(z.combiner_attention, span=5), shifted, q, k, v, atol=1e-3)
 
@@ -342,6 +342,34 @@ def test_reformer_attends_to_exactly_the_pairs_that_meet(seed, b, h, n, e, round
         separate = [z.lsh_attention(qk, v, buckets[:, :, t : t + 1], chunk) for t in range(rounds)]
         mean = torch.stack(separate).mean(0)
         assert not torch.allclose(mean, z.lsh_attention(qk, v, buckets, chunk), atol=1e-4)
+
+
+@pytest.mark.parametrize("b, h, n, e", [(1, 2, 13, 4), (2, 1, 20, 8)])
+@pytest.mark.parametrize("rounds, chunk", [(1, 4), (2, 5), (4, 3), (3, 30)])
+def test_reformer_meetings_and_the_papers_weights(seed, b, h, n, e, rounds, chunk):
+    qk, v, _ = qkv(b, h, n, e)
+    buckets = z.lsh_buckets(qk, torch.randn(h, rounds, e, 2))
+    chunks = z.Chunks(buckets, chunk)
+    here, times = z.meetings(chunks, buckets)
+    first = z.first_meetings(chunks, buckets)
+    separate = torch.stack([pairs_that_meet(buckets[:, :, t : t + 1], chunk) for t in range(rounds)], 2)
+    i = chunks.order.unflatten(3, (chunks.count, -1)).unsqueeze(-1)
+    j = chunks.with_previous(i).transpose(-2, -1)
+    real = ((i < n) & (j < n)).nonzero().tolist()
+    for x, y, t, g, s, u in real:
+        met = separate[x, y, :, i[x, y, t, g, s, 0], j[x, y, t, g, 0, u]]
+        assert here[x, y, t, g, s, u] == met[t] and times[x, y, t, g, s, u] == met.sum()
+        assert first[x, y, t, g, s, u] == (met[t] and not met[:t].any())
+
+    def with_counts(qk, v):
+        q, values = chunks.sort(qk), chunks.with_previous(chunks.sort(v))
+        scores = q @ chunks.with_previous(F.normalize(q, dim=-1)).transpose(-2, -1)
+        scores = scores.masked_fill(~(here & (j <= i)), -torch.inf).masked_fill(i == j, -1e5)
+        scores = scores - times.clamp(min=1).log()
+        share = chunks.undo(scores.logsumexp(-1, keepdim=True)).softmax(2)
+        return (chunks.undo(scores.softmax(-1) @ values) * share).sum(2)
+
+    assert contracts.reduces_to(partial(z.lsh_attention, buckets=buckets, chunk=chunk), with_counts, qk, v)
 
 
 def test_reformer_limits(seed):
@@ -488,6 +516,35 @@ def test_iceformer_attention_to_lists(seed, b, h, n, m, e):
     assert torch.equal(best.sort(-1).values, top.sort(-1).values)
 
 
+@pytest.mark.parametrize("h, n, m, e", [(2, 40, 60, 5), (1, 7, 300, 12), (3, 1, 9, 4)])
+def test_iceformer_tree_equals_the_definition(seed, h, n, m, e):
+    q, k = torch.randn(2, h, n, e), torch.randn(2, h, m, e)
+    for directions, count in ((3, 1), (7, 5), (4, m)):
+        u = torch.randn(e + 1, directions, generator=torch.Generator().manual_seed(11))
+        a, p = z.lift_queries(q) @ u, z.lift_keys(k) @ u
+        apart = (a.unsqueeze(-2) - p.unsqueeze(-3)).abs().amax(-1)
+        nearest, places = apart.topk(count, largest=False)
+        search = partial(z.projected_neighbors, q, k, count, directions, seed=11)
+        assert torch.equal(search(slack=0.0).sort(-1).values, places.sort(-1).values)
+        for slack in (0.5, 3.0):
+            loose = apart.gather(-1, search(slack=slack)).sort(-1).values
+            assert (loose <= (1 + slack) * nearest + 1e-5).all()
+        assert torch.equal(search(slack=0.0), z.projected_neighbors(q, k, count, directions, 11, 0.0))
+
+
+def test_iceformer_tree_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 500, 8).unbind(0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(z.projected_neighbors(q, k, 6))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_iceformer_search_and_error(seed):
     q, k, v = 2 * torch.randn(1, 2, 30, 6), torch.randn(1, 2, 30, 6), torch.randn(1, 2, 30, 6)
     full = attention(q, k, v)
@@ -629,6 +686,8 @@ def test_bad_arguments_name_their_values():
         (lambda: z.LSHAttention(16, 3), "3, 16"),
         (lambda: z.LSHAttention(16, 2, buckets=5), "5"),
         (lambda: z.NeighborAttention(2)(q, q, q, mask=rows), "no mask"),
+        (lambda: z.projected_neighbors(q, q, 0), "got 0 and 3"),
+        (lambda: z.projected_neighbors(q, q, 2, slack=-1.0), "got 2 and -1"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

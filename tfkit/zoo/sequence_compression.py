@@ -7,8 +7,9 @@ __all__ = ['mechanisms', 'examples', 'SizedAttention', 'next_byte_entropy', 'ent
            'space_ends', 'ngram_hash', 'HashedBytes', 'window_attention', 'local_stack', 'patch_of', 'pool_patches',
            'give_back', 'own_patch_attention', 'PatchReader', 'PatchWriter', 'LatentStack', 'ByteLatentTransformer',
            'latent_stack', 'small_blt', 'coarsen', 'refine', 'VIPBlock', 'VIPEncoder', 'vip_encoder', 'phd_mask',
-           'HiddenDecoding', 'PHDLanguageModel', 'factored_attention', 'LightWhenLong', 'merge_neighbors',
-           'MergingEncoder', 'LongClassifier', 'PatchMixer', 'VIPMixer', 'RepeatMixer']
+           'near_copies', 'hidden_attention', 'HiddenDecoding', 'write_copies', 'PHDLanguageModel',
+           'factored_attention', 'LightWhenLong', 'merge_neighbors', 'MergingEncoder', 'LongClassifier', 'PatchMixer',
+           'patch_mixer', 'VIPMixer', 'RepeatMixer']
 
 # %% notebooks/16_sequence_compression.ipynb
 from collections.abc import Callable, Sequence
@@ -480,8 +481,68 @@ def phd_mask(
     return mask | near
 
 # %% notebooks/16_sequence_compression.ipynb
+def near_copies(
+    q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
+    v: Float[Tensor, "b h n c"], copies: int, window: int = 0, chunk: int | None = None,
+) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n 1"]]:
+    """Attention to what `phd_mask` allows besides past originals, and log sum exp(s).
+
+    In blocks of a chunk, or of the window together with the block before: O(n). Raises
+    ValueError as `phd_mask`, and when copies does not divide the queries. Source:
+    "Efficient Pretraining Length Scaling", 2025.
+    """
+    n = q.shape[2]
+    if copies < 1 or n % copies:
+        raise ValueError(f"{n} tokens are not {copies} copies each")
+    size = copies * (chunk if chunk and window else max(window, 1))  # keys in a block
+    back = size if window and chunk is None else 0  # keys of the block before
+    q, k, v = (
+        F.pad(t, (0, 0, 0, -n % size)).unflatten(2, (-1, size)) for t in (q, k, v)
+    )  # (b, h, blocks, size, e)
+    if back:
+        k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, -1)), t], 3) for t in (k, v))
+    place = torch.arange(back + size, device=q.device)
+    token, hidden = place // copies, place % copies > 0
+    seen = phd_mask(len(place) // copies, copies, window, chunk, q.device)
+    seen = seen & (hidden | (token[:, None] == token))
+    seen = seen[back:].repeat(q.shape[2], 1, 1)  # (blocks, size, back + size)
+    seen[0, :, :back] = False  # nothing stands before the text
+    scores = (q @ k.transpose(-2, -1)) * k.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    answer = (scores - total).exp() @ v
+    return answer.flatten(2, 3)[:, :, :n], total.flatten(2, 3)[:, :, :n]
+
+# %% notebooks/16_sequence_compression.ipynb
+def hidden_attention(
+    q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
+    v: Float[Tensor, "b h n c"], copies: int, window: int = 0, chunk: int | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "b h n c"]:
+    """Attention under `phd_mask` without the mask, as causal attention to originals.
+
+    One more key stands for the near ones, with the log sum of `near_copies` as its
+    score. past: keys and values of earlier originals, (b, h, p, e) and (b, h, p, c).
+    Errors as in `near_copies`. Source: "Efficient Pretraining Length Scaling", 2025.
+    """
+    e = q.shape[-1]
+    answer, total = near_copies(q, k, v, copies, window, chunk)
+    by_copy = lambda t: t.unflatten(2, (-1, copies)).transpose(2, 3)
+    q = by_copy(torch.cat([q, total], -1))  # (b, h, copies, n, e + 1)
+    k, v = k[:, :, ::copies], v[:, :, ::copies]
+    if past is not None:
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    k, v = (F.pad(t[:, :, :-1], (0, 1, 1, 0)) for t in (k, v))  # (b, h, p + n, e + 1)
+    k[:, :, 0, -1], v[:, :, 0, -1] = e**0.5, 1.0  # the key of the near ones
+    k, v = (t.unsqueeze(2).expand(-1, -1, copies, -1, -1) for t in (k, v))
+    mixed = causal_attention(*(t.flatten(1, 2) for t in (q, k, v)), scale=e**-0.5)
+    mixed = mixed.unflatten(1, (-1, copies))
+    mixed = mixed[..., :-1] + mixed[..., -1:] * by_copy(answer)
+    return mixed.transpose(2, 3).flatten(2, 3)  # (b, h, n, c)
+
+# %% notebooks/16_sequence_compression.ipynb
 class HiddenDecoding(nn.Module):
-    """An attend function for tokens that stand there `copies` times: see `phd_mask`.
+    """An attend module for tokens that stand there `copies` times: `hidden_attention`.
 
     With `remembering` it puts the originals of earlier calls before the new keys, and
     keeps those alone. Raises ValueError when copies does not divide the queries, and
@@ -506,19 +567,23 @@ class HiddenDecoding(nn.Module):
         self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
         v: Float[Tensor, "b h n c"], mask: None = None,
     ) -> Float[Tensor, "b h n c"]:
-        n, rest = divmod(q.shape[-2], self.copies)
-        if rest:
-            raise ValueError(f"{q.shape[-2]} tokens are not {self.copies} copies each")
-        allowed = phd_mask(n, self.copies, self.window, self.chunk, q.device)
-        if self.memory:
-            past_k, past_v = self.memory
-            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-            allowed = F.pad(allowed, (past_k.shape[2], 0), value=True)
+        answer = hidden_attention(
+            q, k, v, self.copies, self.window, self.chunk, self.memory or None)
         if self.memory is not None:
-            past = k.shape[2] - q.shape[2]
-            keep = [*range(past), *range(past, k.shape[2], self.copies)]
-            self.memory = k[:, :, keep], v[:, :, keep]
-        return attention(q, k, v, allowed)
+            new = k[:, :, :: self.copies], v[:, :, :: self.copies]
+            old = self.memory or (t[:, :, :0] for t in new)
+            self.memory = tuple(torch.cat(t, 2) for t in zip(old, new, strict=True))
+        return answer
+
+# %% notebooks/16_sequence_compression.ipynb
+def write_copies(
+    x: Float[Tensor, "b n d"], hidden: Float[Tensor, "c d"]
+) -> Float[Tensor, "b m d"]:
+    """Each token, followed by its c hidden copies: the token plus a vector each.
+
+    Source: "Efficient Pretraining Length Scaling", 2025.
+    """
+    return (x.unsqueeze(2) + F.pad(hidden, (0, 0, 1, 0))).flatten(1, 2)
 
 # %% notebooks/16_sequence_compression.ipynb
 class PHDLanguageModel(nn.Module):
@@ -543,8 +608,7 @@ class PHDLanguageModel(nn.Module):
     def forward(
         self, ids: Int[Tensor, "b n"], start: int = 0
     ) -> Float[Tensor, "b n v"]:
-        x = self.embed(ids, start).unsqueeze(2)  # (b, n, 1, d)
-        x = (x + F.pad(self.hidden, (0, 0, 1, 0))).flatten(1, 2)  # (b, n copies, d)
+        x = write_copies(self.embed(ids, start), self.hidden)  # (b, n copies, d)
         x = self.stack(x)[:, self.copies - 1 :: self.copies]  # (b, n, d)
         return F.linear(x, self.embed.table.weight)
 
@@ -694,6 +758,16 @@ class PatchMixer(nn.Module):
         return self.local(x) + give_back(self.latent(pool_patches(x, ends)), ends)
 
 # %% notebooks/16_sequence_compression.ipynb
+def patch_mixer(width: int, heads: int, size: int, window: int = 16) -> PatchMixer:
+    """A `PatchMixer` of causal `window_attention` and full attention over patches.
+
+    Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
+    """
+    near = partial(window_attention, window=window)
+    make = partial(MultiHeadAttention, width, heads)
+    return PatchMixer(make(attend=near), make(attend=causal_attention), size)
+
+# %% notebooks/16_sequence_compression.ipynb
 class VIPMixer(nn.Module):
     """A `VIPEncoder` as a layer (b, n, d) to the same: the first `vips` are the VIPs.
 
@@ -714,7 +788,9 @@ class VIPMixer(nn.Module):
 
 
 class RepeatMixer(nn.Module):
-    """A mixer over tokens repeated `copies` times: (b, n, d), the last copies return.
+    """A mixer over `copies` of each token: (b, n, d), the last copies return.
+
+    A learned vector tells each hidden copy from its token.
 
     Raises ValueError for a mask. Source: "Efficient Pretraining Length Scaling", 2025.
     """
@@ -722,13 +798,14 @@ class RepeatMixer(nn.Module):
     def __init__(self, width: int, heads: int, copies: int):
         super().__init__()
         self.copies = copies
+        self.hidden = nn.Parameter(torch.randn(copies - 1, width) * width**-0.5)
         self.mix = MultiHeadAttention(width, heads, attend=HiddenDecoding(copies))
 
     def forward(self, x: Float[Tensor, "b n d"], mask=None) -> Float[Tensor, "b n d"]:
         if mask is not None:
             raise ValueError(f"hidden decoding takes no mask, got {tuple(mask.shape)}")
-        return self.mix(x.repeat_interleave(self.copies, 1))[:, self.copies - 1 ::
-                                                             self.copies]
+        x = self.mix(write_copies(x, self.hidden))  # (b, n copies, d)
+        return x[:, self.copies - 1 :: self.copies]
 
 # %% notebooks/16_sequence_compression.ipynb
 def _layer(make: Callable[[], nn.Module]) -> Callable[[], tuple]:
@@ -736,16 +813,10 @@ def _layer(make: Callable[[], nn.Module]) -> Callable[[], tuple]:
     return lambda: (make(), (torch.randn(4, 128, 64),))
 
 
-def _patches(size: int, width: int = 64, heads: int = 4) -> PatchMixer:
-    near = partial(window_attention, window=16)
-    make = partial(MultiHeadAttention, width, heads)
-    return PatchMixer(make(attend=near), make(attend=causal_attention), size)
-
-
 mechanisms = {
     "plain attention": _layer(
         partial(MultiHeadAttention, 64, 4, attend=causal_attention)),
-    "latent patches (BLT)": _layer(partial(_patches, 8)),
+    "latent patches (BLT)": _layer(partial(patch_mixer, 64, 4, 8)),
     "VIP block (Vcc)": _layer(lambda: VIPMixer(vip_encoder(64, 4, 1, 2, 16), 4)),
     "hidden copies (PHD)": _layer(partial(RepeatMixer, 64, 4, 2)),
     "light (MAELRE)": _layer(

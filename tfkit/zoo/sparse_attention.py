@@ -7,11 +7,13 @@ __all__ = ['Rule', 'mechanisms', 'examples', 'window_rule', 'causal_window_rule'
            'either', 'neighbor_blocks', 'big_bird_blocks', 'gathered_attention', 'CausalWindow', 'Dilated', 'Window',
            'LongformerAttention', 'BigBird', 'HeadHalves', 'strided_heads', 'FixedPattern', 'Recomputed',
            'scale_residual_', 'GridPositions', 'sparse_transformer', 'masformer', 'combiner_attention',
-           'logsparse_attention', 'lsh_buckets', 'shared_qk_attention', 'Chunks', 'meetings', 'lsh_attention',
-           'LSHAttention', 'ReversibleBlock', 'ReversibleStack', 'ChunkedFeedForward', 'reformer', 'lift_keys',
-           'lift_queries', 'exact_neighbors', 'neighbor_attention', 'projected_neighbors', 'NeighborAttention']
+           'logsparse_attention', 'lsh_buckets', 'shared_qk_attention', 'Chunks', 'first_meetings', 'meetings',
+           'lsh_attention', 'LSHAttention', 'ReversibleBlock', 'ReversibleStack', 'ChunkedFeedForward', 'reformer',
+           'lift_keys', 'lift_queries', 'exact_neighbors', 'neighbor_attention', 'projected_neighbors',
+           'NeighborAttention']
 
 # %% notebooks/10_sparse_attention.ipynb
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -475,6 +477,24 @@ def combiner_attention(
     return out.flatten(2, 3)[:, :, :n]
 
 # %% notebooks/10_sparse_attention.ipynb
+def _pairs(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First and second regions of size tokens, each (b, h, p, s, e), zeros at the end.
+
+    There are as many pairs as have a second region that has begun.
+    """
+    n = t.shape[2]
+    end = (n + size - 1) // (2 * size) * 2 * size
+    t = t[:, :, :end] if end <= n else F.pad(t, (0, 0, 0, end - n))
+    return t.unflatten(2, (-1, 2, size)).unbind(3)
+
+
+def _unpaired(t: Tensor, n: int, fill: float) -> Tensor:
+    """(b, h, n, c): what second regions hold (b, h, p, s, c), and fill elsewhere."""
+    row = F.pad(t.unsqueeze(3), (0, 0, 0, 0, 1, 0), value=fill).flatten(2, 4)
+    rest = n - row.shape[2]
+    return F.pad(row, (0, 0, 0, rest), value=fill) if rest > 0 else row[:, :, :n]
+
+# %% notebooks/10_sparse_attention.ipynb
 def logsparse_attention(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
     v: Float[Tensor, "b h n c"], mask: Tensor | None = None,
@@ -487,21 +507,20 @@ def logsparse_attention(
     """
     if mask is not None:
         raise ValueError("padding belongs at the end, where a causal layer ignores it")
-    n, scale = q.shape[-2], q.shape[-1] ** -0.5
-    place, q_all, k_all, v_all = torch.arange(n, device=q.device), q, k, v
-    scores, values = [(q * k).sum(-1) * scale], [v]                # oneself
+    n, scale = q.shape[2], q.shape[-1] ** -0.5
+    scores, values = [(q * k).sum(-1, keepdim=True) * scale], []   # oneself
     for level in range((n - 1).bit_length()):
-        size = 2**level
-        cut = lambda t: t[:, :, : n // size * size].unflatten(2, (-1, size))
-        key, question = cut(k_all).amax(3), cut(q_all).amax(3, keepdim=True)
-        value = attention(question, cut(k_all), cut(v_all)).squeeze(3)
-        region = (place // size - 1).clamp(min=0)                  # (n,)
-        score = (q * key[:, :, region]).sum(-1) * scale            # (b, h, n)
-        unset = (place >> level) & 1 == 0
-        scores.append(score.masked_fill(unset, -torch.inf))
-        values.append(value[:, :, region])
-    weights = torch.stack(scores, -1).softmax(-1)                  # (b, h, n, levels)
-    return torch.einsum("bhnl,lbhnc->bhnc", weights, torch.stack(values))
+        (q_r, asks), (k_r, _), (v_r, _) = (_pairs(t, 2**level) for t in (q, k, v))
+        question, key = q_r.amax(3, keepdim=True), k_r.amax(3, keepdim=True)
+        values.append(attention(question, k_r, v_r))               # (b, h, p, 1, c)
+        score = asks @ key.transpose(-2, -1) * scale               # (b, h, p, s, 1)
+        scores.append(_unpaired(score, n, -torch.inf))             # (b, h, n, 1)
+    weights = torch.stack(scores).softmax(0)                       # (l, b, h, n, 1)
+    out = weights[0] * v
+    for level, value in enumerate(values):
+        _, weight = _pairs(weights[level + 1], 2**level)           # (b, h, p, s, 1)
+        out = out + _unpaired(weight * value, n, 0.0)              # (b, h, n, c)
+    return out
 
 # %% notebooks/10_sparse_attention.ipynb
 def lsh_buckets(
@@ -512,7 +531,8 @@ def lsh_buckets(
     Source: "Reformer: The Efficient Transformer", 2020.
     """
     turned = torch.einsum("bhne,hrec->bhrnc", x, rotations)
-    return torch.cat([turned, -turned], -1).argmax(-1)
+    (high, up), (low, down) = turned.max(-1), turned.min(-1)
+    return torch.where(high >= -low, up, down + turned.shape[-1])
 
 # %% notebooks/10_sparse_attention.ipynb
 def shared_qk_attention(
@@ -544,11 +564,14 @@ class Chunks:
         last = int(buckets.max()) + 1
         padded = F.pad(buckets, (0, rest), value=last)
         self.order = padded.argsort(dim=-1, stable=True)
-        self.home = self.order.argsort(-1)
+        place = torch.arange(self.n + rest, device=buckets.device)
+        place = place.expand_as(self.order)
+        self.home = torch.empty_like(place).scatter_(-1, self.order, place)
 
     def sort(self, t: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h r g s e"]:
         """Token vectors in the order of each round, in chunks."""
-        t = F.pad(t, (0, 0, 0, self.order.shape[-1] - self.n)).unsqueeze(2)
+        rest = self.order.shape[-1] - self.n
+        t = (F.pad(t, (0, 0, 0, rest)) if rest else t).unsqueeze(2)
         return self.gather(t, self.order).unflatten(3, (self.count, self.size))
 
     def undo(self, t: Float[Tensor, "b h r g s e"]) -> Float[Tensor, "b h r n e"]:
@@ -561,8 +584,39 @@ class Chunks:
 
     def gather(self, t: Tensor, places: Tensor) -> Tensor:
         """Rows of t (b, h, 1 or r, n', e) at the places (b, h, r, n')."""
-        index = places.unsqueeze(-1).expand(-1, -1, -1, -1, t.shape[-1])
-        return t.expand(-1, -1, places.shape[2], -1, -1).gather(3, index)
+        b, h, r, n, e = t.shape
+        first = torch.arange(0, b * h * r * n, n, device=t.device).view(b, h, r, 1)
+        return F.embedding(first + places, t.reshape(-1, e))
+
+# %% notebooks/10_sparse_attention.ipynb
+def _meet(
+    chunks: Chunks, labels: Tensor, t: int, orders: Tensor
+) -> Bool[Tensor, "b h r g s t"]:
+    """Which of the pairs that share chunks in some orders meet in round t."""
+    chunk = chunks.home[:, :, t : t + 1] // chunks.size            # (b, h, 1, n')
+    pairs = torch.stack([chunk, (chunk - 1) % chunks.count], -1)
+    label = F.pad(labels[:, :, t : t + 1], (0, chunk.shape[-1] - chunks.n), value=-1)
+    code = (pairs + (label * chunks.count).unsqueeze(-1)).int()    # (b, h, 1, n', 2)
+    seen = chunks.gather(code, orders).unflatten(3, (chunks.count, -1))
+    own, before = seen.split(1, -1)                                # (b, h, r, g, s, 1)
+    other = chunks.with_previous(own).transpose(-2, -1)            # (..., 1, 2 s)
+    return (other == own) | (other == before)
+
+# %% notebooks/10_sparse_attention.ipynb
+def first_meetings(
+    chunks: Chunks, labels: Int[Tensor, "b h r n"]
+) -> Bool[Tensor, "b h r g s t"]:
+    """For queries and keys that share chunks: do they meet here, and not before.
+
+    They meet where their labels are equal and the key stands in the query's chunk or in
+    the one before.
+    """
+    found, met = [], False
+    for t in range(labels.shape[2]):                               # from round t on
+        meet = _meet(chunks, labels, t, chunks.order[:, :, t:])
+        found.append((meet[:, :, :1] & ~met[:, :, :1]) if t else meet[:, :, :1])
+        met = (meet | met)[:, :, 1:]
+    return torch.cat(found, 2)
 
 # %% notebooks/10_sparse_attention.ipynb
 def meetings(
@@ -570,22 +624,11 @@ def meetings(
 ) -> tuple[Bool[Tensor, "b h r g s t"], UInt[Tensor, "b h r g s t"]]:
     """For queries and keys that share chunks: do they meet here, in how many rounds.
 
-    They meet where their labels are equal and the key stands in the query's chunk or in
-    the one before. Source: "Reformer: The Efficient Transformer", 2020, appendix A.
+    Source: "Reformer: The Efficient Transformer", 2020, appendix A.
     """
-    chunk = chunks.home // chunks.size                             # (b, h, r, n')
-    pairs = torch.stack([chunk, (chunk - 1) % chunks.count], -1)
-    wide = F.pad(labels, (0, chunk.shape[-1] - chunks.n), value=-1)
-    code = (pairs + (wide * chunks.count).unsqueeze(-1)).int()     # (b, h, r, n', 2)
-    here, times = [], 0
-    for t in range(labels.shape[2]):
-        seen = chunks.gather(code[:, :, t : t + 1], chunks.order)
-        own, before = seen.unflatten(3, (chunks.count, -1)).split(1, -1)
-        other = chunks.with_previous(own).transpose(-2, -1)        # (..., 1, 2 s)
-        meet = (other == own) | (other == before)
-        here.append(meet[:, :, t])
-        times = times + meet.to(torch.uint8)
-    return torch.stack(here, 2), times
+    every = [_meet(chunks, labels, t, chunks.order) for t in range(labels.shape[2])]
+    here = torch.stack([meet[:, :, t] for t, meet in enumerate(every)], 2)
+    return here, torch.stack(every).sum(0, dtype=torch.uint8)
 
 # %% notebooks/10_sparse_attention.ipynb
 def lsh_attention(
@@ -605,18 +648,19 @@ def lsh_attention(
     chunks = Chunks(buckets, chunk)
     i = chunks.order.int().unflatten(3, (chunks.count, -1)).unsqueeze(-1)
     j = chunks.with_previous(i).transpose(-2, -1)                  # (..., g, 1, 2 s)
-    meet, times = meetings(chunks, buckets if labels is None else labels)
-    allowed, oneself = meet & sees(i, j) & (j < chunks.n), i == j
-    keys = chunks.with_previous(chunks.sort(F.normalize(qk, dim=-1)))
-    scores = chunks.sort(qk) @ keys.transpose(-2, -1)              # (..., g, s, 2 s)
-    scores = scores.masked_fill(~(allowed | oneself), -torch.inf)
-    scores = scores.masked_fill(oneself, -1e5)
+    allowed = first_meetings(chunks, buckets if labels is None else labels)
+    allowed = allowed & sees(i, j)
+    q = chunks.sort(qk)                                            # (b, h, r, g, s, e)
+    keys = chunks.with_previous(F.normalize(q, dim=-1))
+    scores = (q * math.log2(math.e)) @ keys.transpose(-2, -1)      # (..., g, s, 2 s)
+    scores.add_(~allowed, alpha=-1e30)
+    scores.diagonal(scores.shape[-1] - chunk, -2, -1).fill_(-1e5)  # oneself
     peak = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - peak).exp() / times.clamp(min=1)
+    weights = scores.sub_(peak).exp2_()
     total = weights.sum(-1, keepdim=True)
     out = weights @ chunks.with_previous(chunks.sort(v)) / total
-    share = chunks.undo(peak + total.log()).softmax(2)             # (b, h, r, n, 1)
-    return (chunks.undo(out) * share).sum(2)
+    size = chunks.undo((peak + total.log2()) * math.log(2))        # (b, h, r, n, 1)
+    return (chunks.undo(out) * size.softmax(2)).sum(2)
 
 # %% notebooks/10_sparse_attention.ipynb
 class LSHAttention(nn.Module):
@@ -813,7 +857,8 @@ def neighbor_attention(
     row = torch.arange(b * h, device=q.device).view(b, h, 1, 1) * m + neighbors
     keys = F.embedding(row, k.reshape(b * h * m, -1))              # (b, h, n, r, e)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = (keys @ q.unsqueeze(-1)).squeeze(-1).mul(scale).softmax(-1)
+    scores = (q.unsqueeze(-2) @ keys.transpose(-2, -1)).squeeze(-2)
+    weights = (scores * scale).softmax(-1)                         # (b, h, n, r)
     flat = row.flatten(0, 2), v.reshape(b * h * m, -1)
     out = F.embedding_bag(*flat, per_sample_weights=weights.flatten(0, 2), mode="sum")
     return out.unflatten(0, q.shape[:3])                           # (b, h, n, c)
@@ -821,25 +866,30 @@ def neighbor_attention(
 # %% notebooks/10_sparse_attention.ipynb
 def projected_neighbors(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h m e"], count: int,
-    directions: int = 5, seed: int = 0,
+    directions: int = 7, seed: int = 0, slack: float = 3.0,
 ) -> Int[Tensor, "b h n r"]:
-    """The count keys nearest in max_s |u_s (T q - T k)| over random directions u_s.
+    """About the count keys nearest in max_s |u_s (T q - T k)|, u_s random directions.
 
     The order in which a composite index of prioritized DCI visits keys, found with a
-    k-d tree for each head. About O(n log m). Source: "IceFormer: Accelerated Inference
-    with Long-Sequence Transformers on CPUs", 2024.
+    k-d tree for each head. The t-th key is at most 1 + slack times as far away as the
+    t-th nearest; slack = 0 is exact. About O(n log m). Raises ValueError for a count
+    below 1 or a negative slack. Source: "IceFormer: Accelerated Inference with
+    Long-Sequence Transformers on CPUs", 2024.
     """
-    from sklearn.neighbors import KDTree
+    from scipy.spatial import KDTree
 
+    if count < 1 or slack < 0:
+        raise ValueError(f"need count >= 1 and slack >= 0, got {count} and {slack}")
     g = torch.Generator().manual_seed(seed)
     u = torch.randn(k.shape[-1] + 1, directions, generator=g)
     with torch.no_grad():
         points, asked = lift_keys(k) @ u.to(k), lift_queries(q) @ u.to(q)
-    count, found = min(count, k.shape[-2]), []
-    for p, a in zip(points.flatten(0, 1).cpu(), asked.flatten(0, 1).cpu()):
-        tree = KDTree(p.numpy(), leaf_size=20, metric="chebyshev")
-        near = tree.query(a.numpy(), count, return_distance=False, sort_results=False)
-        found.append(torch.from_numpy(near))
+    points, asked = (t.double().cpu().flatten(0, 1).numpy() for t in (points, asked))
+    count, threads, found = min(count, k.shape[-2]), torch.get_num_threads(), []
+    for p, a in zip(points, asked):
+        tree = KDTree(p, compact_nodes=False, balanced_tree=False)
+        near = tree.query(a, count, eps=slack, p=math.inf, workers=threads)[1]
+        found.append(torch.from_numpy(near).view(len(a), count))   # (n, r)
     return torch.stack(found).unflatten(0, k.shape[:2]).to(k.device)
 
 # %% notebooks/10_sparse_attention.ipynb
