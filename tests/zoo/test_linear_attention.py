@@ -330,7 +330,7 @@ def test_topological_attention(seed):
     tree, d = z.IntegratorTree(edges, torch.ones(29), leaf=4), all_distances(edges, torch.ones(29))
     q, k, v = torch.randn(3, 2, 2, 30, 4).unbind(0)
     f = z.ExponentialQuadratic()
-    attend = z.TopologicalAttention(tree, z.OnIntegers(f))
+    attend = z.TopologicalAttention(tree, z.OnIntegers(f), leaf=4)
     assert contracts.reduces_to(attend, z.Featured(z.elu_features), q, k, v)
     with torch.no_grad():
         f.abc.copy_(torch.tensor([0.01, -0.5, 0.2]))
@@ -341,10 +341,57 @@ def test_topological_attention(seed):
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="the tree is the mask"):
         attend(q, k, v, torch.ones(1, 30, dtype=torch.bool))
+    with pytest.raises(ValueError, match="30 nodes, got 29"):
+        attend(q[..., :29, :], k[..., :29, :], v[..., :29, :])
     with pytest.raises(ValueError, match="30 nodes, the field 29"):
         z.integrate(tree, f, v[..., :29, :])
     with pytest.raises(ValueError, match="need a tree"):
         z.IntegratorTree(torch.tensor([[0, 1], [0, 1], [2, 3]]), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "n, reach, leaf, length", [(1, 1, 4, 1), (2, 1, 2, 1), (90, 90, 2, 1), (120, 4, 8, 3), (60, 2, 4, 40)]
+)
+def test_topological_attention_in_pieces_equals_field_and_map(seed, n, reach, leaf, length):
+    shuffle, f = torch.randperm(n), z.OnIntegers(lambda d: 1 / (1 + d * d / length**2))
+    edges = random_tree(n, seed, reach)
+    lengths = length * (1.0 + torch.arange(n - 1) % 2)
+    d = torch.zeros(n, n)
+    d[shuffle[:, None], shuffle] = all_distances(edges, lengths)
+    tree = z.IntegratorTree(shuffle[edges] if n > 1 else edges, lengths, leaf)
+    q, k, v = torch.randn(3, 2, n, 3).unbind(0)
+    slow = lambda q, k, v: (q @ k.mT * f(d)) @ v
+    sums = z.TreeSums(tree, leaf, piece=4)
+    assert bool(sums.far) == (n > leaf)
+    scale = slow(q, k, v).abs().max().item() + 1
+    assert contracts.reduces_to(lambda *qkv: sums(f, *qkv), slow, q, k, v, atol=2e-5 * scale)
+    assert contracts.reduces_to(lambda *qkv: z.field_sums(tree, f, *qkv), slow, q, k, v, atol=2e-5 * scale)
+    assert contracts.agree(lambda *qkv: z.TreeSums(tree)(f, *qkv), slow, q, k, v, atol=2e-5 * scale)
+    if sums.far:  # pieces read their own bins, not the ones opposite
+        sums.far.from_bins = sums.far.to_bins.turned()
+        assert not contracts.agree(lambda *qkv: sums(f, *qkv), slow, q, k, v, atol=1e-2)
+
+
+def test_topological_attention_takes_other_functions_and_batches(seed):
+    edges, lengths = random_tree(40, seed), torch.rand(39)
+    tree, f = z.IntegratorTree(edges, lengths, leaf=4), z.PolynomialExponential([1.0, 0.2], -0.7)
+    q, k, v = torch.randn(3, 2, 40, 4).unbind(0)
+    explicit = lambda q, k, v: by_map(z.elu_features(q), z.elu_features(k), v, f(all_distances(edges, lengths)))
+    assert contracts.reduces_to(z.TopologicalAttention(tree, f), explicit, q, k, v)
+    whole = z.TopologicalAttention(
+        z.IntegratorTree(edges, torch.ones(39)), z.OnIntegers(z.ExponentialQuadratic(-0.3)), leaf=4
+    )
+    both = whole(q, k, v)
+    assert torch.allclose(both[:1], whole(q[:1], k[:1], v[:1]), atol=1e-6)
+    assert torch.allclose(both[0], whole(q[0], k[0], v[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 512, 513, 700])
+def test_tree_field_integrators_matrix_and_fourier_agree(seed, bins):
+    f, sums = z.OnIntegers(lambda d: (-d / bins).exp()), torch.randn(2, bins, 3)
+    a = torch.arange(bins)
+    exact = f((a[:, None] + a).double()) @ sums.double()
+    assert torch.allclose(f.between(sums).double(), exact, atol=1e-5 * bins**0.5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ EcoFormer

@@ -8,9 +8,10 @@ __all__ = ['EVERYWHERE', 'CAUSAL', 'mechanisms', 'examples', 'feature_attention'
            'RandomFeatures', 'relu_features', 'cosine_features', 'projected_attention', 'ProjectedAttention',
            'linformer_attention', 'iterated_inverse', 'nystrom_attention', 'NystromAttention', 'simple_average',
            'full_average', 'local_average', 'FullBias', 'LocalBias', 'AFT', 'aft_conv', 'Level', 'IntegratorTree',
-           'PolynomialExponential', 'OnIntegers', 'integrate', 'grid_tree', 'ExponentialQuadratic',
-           'TopologicalAttention', 'code_attention', 'similar_pairs', 'KernelHash', 'EcoAttention', 'taylor_features',
-           'every_pair', 'past_pairs', 'future_pairs', 'polynomial_attention', 'PolynomialAttention']
+           'PolynomialExponential', 'OnIntegers', 'integrate', 'grid_tree', 'ExponentialQuadratic', 'field_sums',
+           'Links', 'LeafSums', 'PieceSums', 'TreeSums', 'TopologicalAttention', 'code_attention', 'similar_pairs',
+           'KernelHash', 'EcoAttention', 'taylor_features', 'every_pair', 'past_pairs', 'future_pairs',
+           'polynomial_attention', 'PolynomialAttention']
 
 # %% notebooks/11_linear_attention.ipynb
 import itertools
@@ -543,6 +544,7 @@ class IntegratorTree:
     def __init__(
         self, edges: Int[Tensor, "m 2"], lengths: Float[Tensor, "m"], leaf: int = 32
     ):
+        self.edges, self.lengths, self.leaf = edges, lengths, leaf
         self.n = n = len(edges) + 1
         near: list = [[] for _ in range(n)]
         for (a, b), w in zip(edges.tolist(), lengths.tolist(), strict=True):
@@ -563,12 +565,18 @@ class IntegratorTree:
         size = max(map(len, leaves))
         self.leaves = torch.full((len(leaves), size), self.n)  # n stands for nobody
         self.near = torch.zeros(len(leaves), size, size)
-        for i, members in enumerate(leaves):
-            inside = set(members)
-            rows = [_walk(near, a, inside)[2] for a in members]
-            square = torch.tensor([[row[b] for b in members] for row in rows])
-            self.leaves[i, : len(members)] = torch.tensor(members)
-            self.near[i, : len(members), : len(members)] = square
+        for members, row, d in zip(leaves, self.leaves, self.near):
+            order, parent, far = _walk(near, members[0], set(members))
+            place = {node: i for i, node in enumerate(order)}
+            row[: len(order)] = torch.tensor(order)
+            for i, node in enumerate(order[1:], 1):            # parents come first
+                up = parent[node]
+                d[i, :i] = d[:i, i] = d[place[up], :i] + far[node] - far[up]
+
+    def coarser(self, leaf: int) -> "IntegratorTree":
+        """The same tree with leaves of up to `leaf` nodes; itself if it has them."""
+        enough = self.leaf >= leaf or len(self.leaves) == 1
+        return self if enough else IntegratorTree(self.edges, self.lengths, leaf)
 
 # %% notebooks/11_linear_attention.ipynb
 class PolynomialExponential(nn.Module):
@@ -609,7 +617,7 @@ class PolynomialExponential(nn.Module):
 class OnIntegers(nn.Module):
     """Any function f of distances that are whole numbers, through bins.
 
-    Up to 256 bins a matrix f(a + b) connects them, above that a Fourier transform.
+    Up to 512 bins a matrix f(a + b) connects them, above that a Fourier transform.
 
     f maps distances (s,) to weights (s,); it may have parameters.
     Source: "Fast Tree-Field Integrators", 2024.
@@ -622,6 +630,17 @@ class OnIntegers(nn.Module):
     def forward(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         return self.f(z)
 
+    def between(self, sums: Float[Tensor, "*s k c"]) -> Float[Tensor, "*s k c"]:
+        """sum_b f(a + b) sums_b for k bins at distances 0 to k - 1."""
+        bins = sums.shape[-2]
+        weights = self.f(torch.arange(2 * bins - 1, dtype=sums.dtype).to(sums.device))
+        if bins <= 512:                                        # f(a + b) is small
+            return weights.unfold(0, bins, 1) @ sums
+        size = 2 ** (2 * bins - 2).bit_length()
+        there = torch.fft.rfft(weights, size).unsqueeze(-1)
+        back = torch.fft.rfft(sums, size, dim=-2).conj()
+        return torch.fft.irfft(there * back, size, dim=-2)[..., :bins, :]
+
     def across(
         self, level: Level, x: Float[Tensor, "*b n c"]
     ) -> Float[Tensor, "*b i c"]:
@@ -630,15 +649,7 @@ class OnIntegers(nn.Module):
         bins, sides = int(step.max()) + 1, int(level.side.max()) + 1
         sums = x.new_zeros(*x.shape[:-2], sides * bins, x.shape[-1])
         sums = sums.index_add(-2, level.side * bins + step, x[..., level.node, :])
-        sums = sums.unflatten(-2, (sides, bins))               # (*b, sides, bins, c)
-        weights = self.f(torch.arange(2 * bins - 1, dtype=x.dtype, device=x.device))
-        if bins <= 256:                                        # f(a + b) is small
-            out = weights.unfold(0, bins, 1) @ sums
-            return out[..., level.side ^ 1, step, :]           # (*b, i, c)
-        size = 3 * bins - 2
-        there = torch.fft.rfft(weights, size).unsqueeze(-1)
-        back = torch.fft.rfft(sums, size, dim=-2).conj()
-        out = torch.fft.irfft(there * back, size, dim=-2)[..., :bins, :]
+        out = self.between(sums.unflatten(-2, (sides, bins)))  # (*b, sides, bins, c)
         return out[..., level.side ^ 1, step, :]               # (*b, i, c)
 
 # %% notebooks/11_linear_attention.ipynb
@@ -688,18 +699,188 @@ class ExponentialQuadratic(nn.Module):
         return (a * z * z + b * z + c).exp()
 
 # %% notebooks/11_linear_attention.ipynb
+def field_sums(
+    tree: IntegratorTree, f: nn.Module, q: Float[Tensor, "*b n r"],
+    k: Float[Tensor, "*b n r"], v: Float[Tensor, "*b n c"],
+) -> Float[Tensor, "*b n c"]:
+    """sum_j f(distance(i, j)) (q_i . k_j) v_j through a field of r c numbers a node.
+
+    Source: "Fast Tree-Field Integrators", 2024.
+    """
+    field = (k.unsqueeze(-1) * v.unsqueeze(-2)).flatten(-2)    # (*b, n, r c)
+    sums = integrate(tree, f, field).unflatten(-1, (k.shape[-1], -1))
+    return (q.unsqueeze(-2) @ sums).squeeze(-2)
+
+# %% notebooks/11_linear_attention.ipynb
+class _SumBags(torch.autograd.Function):
+    """Row t of the output sums the rows of x in bag t; `back` are the bags transposed.
+
+    Bags are (row numbers, where each bag starts).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: tuple, back: tuple) -> Tensor:
+        ctx.there, ctx.back = there, back
+        rows, starts = there
+        return F.embedding_bag(rows, x, starts, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return _SumBags.apply(grad.contiguous(), ctx.back, ctx.there), None, None
+
+# %% notebooks/11_linear_attention.ipynb
+def _copies(rows: Tensor, starts: Tensor, n: int, count: int, device) -> tuple:
+    """The same bags for each of `count` texts with n rows."""
+    i = torch.arange(count).unsqueeze(1)
+    many = (rows + i * n).flatten(), (starts[:-1] + i * len(rows)).flatten()
+    return many[0].to(device), F.pad(many[1], (0, 1), value=len(many[0])).to(device)
+
+# %% notebooks/11_linear_attention.ipynb
+class Links:
+    """Sums along links: x (b, sources, c) to (b, targets, c), of what is linked.
+
+    target and source (l,) are the ends; `turned()` sums from targets to sources.
+    """
+
+    def __init__(
+        self, target: Int[Tensor, "l"], source: Int[Tensor, "l"], targets: int,
+        sources: int,
+    ):
+        def bags(by: Tensor, of: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            starts = torch.bincount(by, minlength=count).cumsum(0)
+            return of[by.argsort(stable=True)], F.pad(starts, (1, 0))
+
+        self.sizes, self.ready = (targets, sources), None
+        self.bags = bags(target, source, targets), bags(source, target, sources)
+
+    def turned(self) -> "Links":
+        other = object.__new__(Links)
+        other.bags, other.sizes, other.ready = self.bags[::-1], self.sizes[::-1], None
+        return other
+
+    def __call__(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b t c"]:
+        key = len(x), x.device
+        if self.ready is None or self.ready[0] != key:
+            sizes = zip(self.bags, self.sizes[::-1])
+            self.ready = key, [_copies(*bag, n, *key) for bag, n in sizes]
+        out = _SumBags.apply(x.flatten(0, 1), *self.ready[1])
+        return out.unflatten(0, (len(x), -1))
+
+# %% notebooks/11_linear_attention.ipynb
+def _bins(tree: IntegratorTree) -> tuple[list, Tensor, Tensor, Tensor]:
+    """(sides, bins) of each level; nodes, their bins, and the bins opposite."""
+    shapes, entries, start = [], [], 0
+    for level in tree.levels:
+        step = level.distance.round().long()
+        sides, bins = int(level.side.max()) + 1, int(step.max()) + 1
+        place = lambda side: start + side * bins + step
+        entries.append((level.node, place(level.side), place(level.side ^ 1)))
+        shapes.append((sides, bins))
+        start += sides * bins
+    return shapes, *map(torch.cat, zip(*entries))
+
+
+def _pieces(group: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
+    """A place for each entry, and the group (p,) of each piece of `size` places."""
+    order, count = group.argsort(stable=True), torch.bincount(group, minlength=groups)
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group)) - (count.cumsum(0) - count)[group[order]]
+    pieces = (count + size - 1) // size
+    owner = torch.arange(groups).repeat_interleave(pieces)
+    return (pieces.cumsum(0) - pieces)[group] * size + rank, owner
+
+# %% notebooks/11_linear_attention.ipynb
+class LeafSums:
+    """The pairs within one leaf of a tree with whole distances.
+
+    f(0) of a pivot is taken off once for each split that it made.
+    """
+
+    def __init__(self, tree: IntegratorTree):
+        self.tree, self.steps = tree, tree.near.round().long()
+        here = tree.leaves.flatten()
+        used = (here < tree.n).nonzero().flatten()
+        self.to_leaves = Links(used, here[used], len(here), tree.n)
+        self.from_leaves = self.to_leaves.turned()
+
+    def __call__(self, f: OnIntegers, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cut = lambda t: self.to_leaves(t).unflatten(1, self.tree.leaves.shape)
+        table = f(torch.arange(int(self.steps.max()) + 1.0).to(q))
+        weights = table.index_select(0, self.steps.flatten().to(q.device))
+        weights = weights.view_as(self.steps)                  # (leaves, size, size)
+        weights = weights * (cut(k) @ cut(q).mT)               # keys by queries
+        out = self.from_leaves((cut(v).mT @ weights).mT.flatten(1, 2))
+        i = self.tree.pivots.to(q.device)
+        own = (q[:, i] * k[:, i]).sum(-1, keepdim=True) * v[:, i]
+        return out.index_add(1, i, -table[0] * own)            # (b, n, c)
+
+# %% notebooks/11_linear_attention.ipynb
+class PieceSums:
+    """The pairs on two sides of a split of a tree with whole distances.
+
+    Each bin's tokens come in pieces of up to `piece`.
+    """
+
+    def __init__(self, tree: IntegratorTree, piece: int = 8):
+        self.shapes, node, mine, other = _bins(tree)
+        self.sizes = [sides * bins for sides, bins in self.shapes]
+        place, owner = _pieces(mine, sum(self.sizes), piece)
+        p, opposite = len(owner), torch.zeros(sum(self.sizes), dtype=torch.long)
+        opposite[mine] = other
+        self.to_pieces = Links(place, node, p * piece, tree.n)
+        self.from_pieces, self.cut = self.to_pieces.turned(), (p, piece)
+        self.to_bins = Links(owner, torch.arange(p), len(opposite), p)
+        self.from_bins = Links(torch.arange(p), opposite[owner], p, len(opposite))
+
+    def __call__(self, f: OnIntegers, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cut = lambda t: self.to_pieces(t).unflatten(1, self.cut)
+        parcels = cut(k).mT @ cut(v)                           # (b, p, r, c)
+        bins = self.to_bins(parcels.flatten(2)).split(self.sizes, 1)
+        levels = zip(bins, self.shapes)                        # about log n rounds
+        out = [f.between(z.unflatten(1, s)).flatten(1, 2) for z, s in levels]
+        out = self.from_bins(torch.cat(out, 1)).view_as(parcels)
+        return self.from_pieces((cut(q) @ out).flatten(1, 2))  # (b, n, c)
+
+# %% notebooks/11_linear_attention.ipynb
+class TreeSums:
+    """`field_sums` for whole distances, through pieces of bins instead of a field.
+
+    Leaves have up to `leaf` nodes, whatever the tree came with. A call takes f
+    (`OnIntegers`), q, k (b, n, r) and v (b, n, c) to (b, n, c).
+    Source: "Fast Tree-Field Integrators", 2024.
+    """
+
+    def __init__(self, tree: IntegratorTree, leaf: int = 288, piece: int = 8):
+        self.tree = tree = tree.coarser(leaf)
+        self.near = LeafSums(tree)
+        self.far = PieceSums(tree, piece) if tree.levels else None
+
+    def __call__(
+        self, f: OnIntegers, q: Float[Tensor, "b n r"], k: Float[Tensor, "b n r"],
+        v: Float[Tensor, "b n c"],
+    ) -> Float[Tensor, "b n c"]:
+        near = self.near(f, q, k, v)
+        return near + self.far(f, q, k, v) if self.far else near
+
+# %% notebooks/11_linear_attention.ipynb
 class TopologicalAttention(nn.Module):
     """An attend module: linear attention with weights times f(distance on a tree).
 
     tree  `IntegratorTree` with a node for each token;  f  as for `integrate`
+    leaf  with `OnIntegers`, parts of the tree up to this size use written-out weights
 
-    It takes no mask but None, and raises ValueError for another.
-    Source: "Fast Tree-Field Integrators", 2024.
+    It takes no mask but None, and raises ValueError for another, or for more or fewer
+    tokens than nodes. Source: "Fast Tree-Field Integrators", 2024.
     """
 
-    def __init__(self, tree: IntegratorTree, f: nn.Module, features=elu_features):
+    def __init__(
+        self, tree: IntegratorTree, f: nn.Module, features: Callable = elu_features,
+        leaf: int = 288,
+    ):
         super().__init__()
         self.tree, self.f, self.features = tree, f, features
+        whole = isinstance(f, OnIntegers)
+        self.sums = TreeSums(tree, leaf) if whole else partial(field_sums, tree)
 
     def forward(
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b n e"],
@@ -707,10 +888,11 @@ class TopologicalAttention(nn.Module):
     ) -> Float[Tensor, "*b n c"]:
         if mask is not None:
             raise ValueError(f"the tree is the mask, got another {tuple(mask.shape)}")
-        q, k = self.features(q), self.features(k)
-        field = (k.unsqueeze(-1) * _with_ones(v).unsqueeze(-2)).flatten(-2)
-        sums = integrate(self.tree, self.f, field).unflatten(-1, (k.shape[-1], -1))
-        return _divide((q.unsqueeze(-2) @ sums).squeeze(-2))
+        if q.shape[-2] != self.tree.n:
+            raise ValueError(f"a tree of {self.tree.n} nodes, got {q.shape[-2]} tokens")
+        parts = self.features(q), self.features(k), _with_ones(v)
+        flat = (t.reshape(-1, *t.shape[-2:]) for t in parts)
+        return _divide(self.sums(self.f, *flat).reshape(*v.shape[:-1], -1))
 
 # %% notebooks/11_linear_attention.ipynb
 def code_attention(

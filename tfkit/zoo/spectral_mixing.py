@@ -205,8 +205,17 @@ def wavelet_split(
     x = x[:, torch.arange(n + k - 2, device=x.device) % n]       # around the end
     taps = [x[:, j : j + n - 1 : 2] for j in range(k)]           # k times (b, n / 2, d)
     high = mirror_filter(low)
-    return (sum(tap * low[j] for j, tap in enumerate(taps)),
-            sum(tap * high[j] for j, tap in enumerate(taps)))
+    return _weighted(taps, low), _weighted(taps, high)
+
+
+def _weighted(
+    parts: Sequence[Tensor], weights: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """sum_j parts_j weights_j, without a copy for each product."""
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:]):
+        total = torch.addcmul(total, part, weight)
+    return total
 
 # %% notebooks/12_spectral_mixing.ipynb
 def wavelet_merge(
@@ -219,14 +228,10 @@ def wavelet_merge(
     """
     m, half = smooth.shape[1], len(low) // 2
     before = torch.arange(1 - half, m, device=smooth.device) % m
-    phases = []
-    for p in (0, 1):
-        parts = []
-        for y, taps in ((smooth, low), (detail, mirror_filter(low))):
-            y = y[:, before]                                     # around the start
-            parts += [y[:, half - 1 - j : half - 1 - j + m] * taps[2 * j + p]
-                      for j in range(half)]
-        phases.append(sum(parts))
+    s, d = smooth[:, before], detail[:, before]                  # around the start
+    parts = [y[:, j : j + m] for y in (s, d) for j in reversed(range(half))]
+    taps = [low, mirror_filter(low)]
+    phases = [_weighted(parts, [tap for t in taps for tap in t[p::2]]) for p in (0, 1)]
     return torch.stack(phases, 2).flatten(1, 2)                  # (b, 2 m, d)
 
 # %% notebooks/12_spectral_mixing.ipynb
@@ -475,11 +480,10 @@ def symmetric_filter(
     return mirrored.unfold(-1, len(taps), 1) @ taps.to(x)
 
 
-def _both_ways(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Filter images down their rows and along their columns, as two small matrices."""
-    down, across = (symmetric_filter(torch.eye(n, device=x.device), taps).to(x)
-                    for n, taps in zip(x.shape[-2:], (rows, columns), strict=True))
-    return down.T @ x @ across
+def _filters(x: Tensor, low: Tensor, high: Tensor, dim: int) -> list[Tensor]:
+    """Low-pass and high-pass matrix, joined along dim, for columns and rows of x."""
+    return [torch.cat([symmetric_filter(torch.eye(n).to(x), taps)
+                       for taps in (low, high)], dim) for n in x.shape[-2:]]
 
 # %% notebooks/12_spectral_mixing.ipynb
 def _to_complex(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -510,24 +514,23 @@ def dtcwt(
     """
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         raise ValueError(f"height and width must be even, got {tuple(x.shape[-2:])}")
-    low, high = ANALYSIS_LOW, ANALYSIS_HIGH
-    bands = (high, low), (high, high), (low, high)
-    pairs = [_to_complex(_both_ways(x, rows, columns)) for rows, columns in bands]
+    down, across = _filters(x, ANALYSIS_LOW, ANALYSIS_HIGH, 1)    # n by 2 n
+    upper, lower = (down.T @ (x @ across)).chunk(2, -2)           # rows low, rows high
+    low, upright = upper.chunk(2, -1)                             # columns low, high
+    pairs = [_to_complex(y) for y in (*lower.chunk(2, -1), upright)]
     six = [z for z, _ in pairs] + [w for _, w in pairs[::-1]]
-    return _both_ways(x, low, low), torch.stack(six, 2)
+    return low, torch.stack(six, 2)
 
 
 def inverse_dtcwt(
     low: Float[Tensor, "b c H W"], high: Complex[Tensor, "b c 6 h w"]
 ) -> Float[Tensor, "b c H W"]:
     """The inverse of `dtcwt`. Source: as there."""
-    back = (SYNTHESIS_HIGH, SYNTHESIS_LOW), (SYNTHESIS_HIGH, SYNTHESIS_HIGH), \
-        (SYNTHESIS_LOW, SYNTHESIS_HIGH)
-    x = _both_ways(low, SYNTHESIS_LOW, SYNTHESIS_LOW)
-    for i, (rows, columns) in enumerate(back):
-        squares = _to_squares(high[:, :, i], high[:, :, 5 - i])
-        x = x + _both_ways(squares, rows, columns)
-    return x
+    down, across = _filters(low, SYNTHESIS_LOW, SYNTHESIS_HIGH, 0)  # 2 n by n
+    flat, oblique, upright = (_to_squares(high[:, :, i], high[:, :, 5 - i])
+                              for i in range(3))
+    upper, lower = torch.cat([low, upright], -1), torch.cat([flat, oblique], -1)
+    return down.T @ (torch.cat([upper, lower], -2) @ across)
 
 # %% notebooks/12_spectral_mixing.ipynb
 def scattering(
