@@ -29,7 +29,7 @@ def loop(decay, x, h=None):
 # ------------------------------------------------------------------------------------------------- scan and convolution
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 21])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 21, 49, 50])
 def test_scan_equals_the_loop(seed, n):
     decay, x = torch.rand(2, n, 3, 2), torch.randn(2, n, 3, 2)
     assert contracts.reduces_to(z.linear_scan, loop, decay, x)
@@ -48,11 +48,36 @@ def test_scan_of_complex_numbers(seed):
     decay, x = (torch.randn(2, 6, 3, dtype=torch.cdouble).requires_grad_() for _ in range(2))
     assert torch.allclose(z.linear_scan(decay, x), loop(decay, x))
     assert torch.autograd.gradcheck(z.linear_scan, (decay, x))
+    assert torch.autograd.gradgradcheck(z.linear_scan, (decay, x))
+    real = decay.detach().real
+    assert torch.allclose(z.linear_scan(real, x), loop(real, x))
+
+
+def test_scan_in_float32_stays_exact_for_long_and_strongly_decaying_inputs(seed):
+    decay, x = torch.rand(1, 1000, 8) ** torch.tensor([0.01, 0.1, 1.0, 3, 10, 30, 100, 1000]), torch.randn(1, 1000, 8)
+    exact = loop(decay.double(), x.double())
+    assert ((z.linear_scan(decay, x) - exact).abs() <= 1e-5 * exact.abs().amax(1, keepdim=True)).all()
+    inputs = list(scan_inputs(1000))
+    inputs[1], inputs[2] = inputs[1] * torch.tensor([0.01, 0.1, 10, 100]), inputs[2] * 16
+    exact = selective_loop(*(t.double() for t in inputs))
+    assert ((z.selective_scan(*inputs) - exact).abs() <= 1e-5 * exact.abs().amax(1, keepdim=True)).all()
+
+
+def test_a_scan_whose_chunks_start_from_nothing_is_caught(seed, monkeypatch):
+    decay, x, inputs = torch.rand(2, 9, 3), torch.randn(2, 9, 3), scan_inputs(9)
+    assert contracts.agree(z.linear_scan, loop, decay, x)
+    assert contracts.agree(z.selective_scan, selective_loop, *inputs)
+    starts = z._starts
+    monkeypatch.setattr(z, "_starts", lambda first, passed, ends: starts(first, 0 * passed, ends))
+    assert not contracts.agree(z.linear_scan, loop, decay, x)
+    assert not contracts.agree(z.selective_scan, selective_loop, *inputs)
 
 
 def test_scan_checks_its_input():
     with pytest.raises(ValueError, match="at least one token"):
         z.linear_scan(torch.ones(2, 0, 3), torch.ones(2, 0, 3))
+    with pytest.raises(ValueError, match="at least one token"):
+        z.selective_scan(*scan_inputs(0))
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (9, 9), (9, 3), (6, 11)])
@@ -201,9 +226,31 @@ def selective_loop(x, delta, a, b, c):
     return torch.stack(out, 1)
 
 
-@pytest.mark.parametrize("n", [1, 6, 17])
+@pytest.mark.parametrize("n", [1, 2, 6, 16, 17, 50])
 def test_selective_scan_equals_the_loop(seed, n):
     assert contracts.reduces_to(z.selective_scan, selective_loop, *scan_inputs(n))
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 9])
+def test_selective_scan_gradients_in_double_precision(n):
+    torch.manual_seed(0)
+    inputs = [*scan_inputs(n, torch.double, 2, 3), torch.randn(2).double(), torch.randn(2, 2, 3).double()]
+    assert torch.autograd.gradcheck(z.selective_scan, [t.requires_grad_() for t in inputs])
+
+
+def test_selective_scan_goes_on_from_a_state(seed):
+    x, delta, a, b, c = scan_inputs(17)
+    h = torch.zeros(2, *a.shape)
+    for t in range(7):
+        h = torch.exp(delta[:, t, :, None] * a) * h + (delta[:, t] * x[:, t])[..., None] * b[:, t, None]
+    rest = z.selective_scan(x[:, 7:], delta[:, 7:], a, b[:, 7:], c[:, 7:], state=h)
+    assert torch.allclose(rest, z.selective_scan(x, delta, a, b, c)[:, 7:], atol=1e-5)
+
+
+def test_selective_scan_keeps_few_states_for_training():
+    x, delta, a, b, c = scan_inputs(400, channels=8, states=16)
+    kept = measure.saved_bytes(lambda x: z.selective_scan(x, delta, a, b, c), x.requires_grad_())
+    assert kept < delta.numel() * 16 * 4 / 2  # half of one tensor of all states
 
 
 def test_kernels_agree():
@@ -349,6 +396,21 @@ def test_avey_maxsim_is_its_definition(seed):
     assert torch.allclose(z.rank_splits(splits, splits), pairs, atol=1e-5)
 
 
+@pytest.mark.parametrize("g", [1, 2, 5, 30])
+def test_avey_ranks_only_earlier_splits(seed, g):
+    queries, splits = torch.randn(2, 2, g, 3, 6).unbind(0)
+    scores = z.rank_earlier(queries, splits)
+    earlier = torch.ones(g, g, dtype=torch.bool).tril(-1)
+    assert (scores[:, ~earlier] == -torch.inf).all()
+    assert torch.allclose(scores[:, earlier], z.rank_splits(queries, splits)[:, earlier], atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [1, 4, 12])
+def test_avey_processor_computes_only_the_last_outputs(seed, last):
+    layer, x = z.NeuralProcessor(8, 12), torch.randn(3, 12, 8)
+    assert contracts.reduces_to(lambda x: layer(x, last), lambda x: layer(x)[:, -last:], x)
+
+
 @pytest.mark.parametrize("n, split, top", [(11, 4, 1), (16, 4, 2), (9, 3, 5)])
 def test_avey_is_causal_and_the_released_query_is_not(seed, n, split, top):
     model, x = z.Avey(8, split, top, depth=2), torch.randn(2, n, 8)
@@ -371,6 +433,8 @@ def test_avey_errors():
         z.retrieve(torch.randn(1, 3, 2, 4), -1)
     with pytest.raises(ValueError, match="got 0"):
         z.Avey(8, 0, 1)
+    with pytest.raises(ValueError, match="depth 0"):
+        z.Avey(8, 4, 1, depth=0)
 
 
 # ------------------------------------------------------------------------------------------------------ the whole table
