@@ -56,6 +56,34 @@ def test_transformer_xl_shift_is_a_lookup(b, h, n, m, e, seed):
     assert not torch.allclose(ours, by_gather(late=1), atol=1e-3)
 
 
+@pytest.mark.parametrize("n, m, heads, e, d", [(5, 9, 2, 4, 16), (7, 7, 3, 2, 6), (1, 40, 1, 8, 4)])
+def test_transformer_xl_waves_are_the_table(n, m, heads, e, d, seed):
+    random = partial(torch.randn, dtype=torch.float64)
+    q, k, v = random(2, heads, n, e), random(2, heads, m, e), random(2, heads, m, 3)
+    weight, u, w = random(heads, e, d), random(heads, e), random(heads, e)
+    real = torch.rand(2, 1, 1, m) < 0.7
+    real[..., 0] = True
+    waves = lambda q, k, v, weight, u, w: z.wave_attention(q, k, v, weight, u, w, real)
+    table = lambda r: lambda q, k, v, weight, u, w: z.xl_attention(q, k, v, r(weight), u, w, real)
+    right = lambda weight: z.sinusoidal_positions(m, d).flip(0).double() @ weight.transpose(-2, -1)
+    late = lambda weight: z.sinusoidal_positions(m, d, 1).flip(0).double() @ weight.transpose(-2, -1)
+    assert contracts.reduces_to(waves, table(right), q, k, v, weight, u, w)
+    assert not contracts.agree(waves, table(late), q, k, v, weight, u, w, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", [None, 5])
+def test_transformer_xl_layer_is_the_same_with_waves(memory, seed):
+    layer = randomized(z.XLAttention(16, 2))
+    past = None if memory is None else torch.randn(2, memory, 16)
+    x = torch.randn(2, 7, 16)
+    assert layer.table >= 7 + (memory or 0)
+    wanted = layer(x, past)
+    layer.table = 0
+    assert torch.allclose(layer(x, past), wanted, atol=1e-5)
+    if memory is None:
+        assert contracts.causal(layer, x)
+
+
 @pytest.mark.parametrize("n, segment, depth", [(24, 6, 2), (17, 5, 3), (9, 1, 1), (8, 20, 2)])
 def test_transformer_xl_segments_equal_one_pass(n, segment, depth, seed):
     net, ids = model(*[n] * depth), torch.randint(20, (2, n))
@@ -241,13 +269,35 @@ def test_do_they_use_context_reach_is_exact(seed):
 
 
 def gates(b, h, n):
-    return z.Gates(*(0.3 + 0.6 * torch.rand(4, b, h, n)))
+    return z.Gates(*(0.3 + 0.6 * torch.rand(4, b, h, n, dtype=torch.float64)))
+
+
+def rounds_on_x(g, steps=5):
+    """Newton-Schulz as it is written."""
+    x = g / (torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.transpose(-2, -1)
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def pairs(b, h, n, f, c):
+    random = partial(torch.randn, dtype=torch.float64)
+    return random(b, h, n, f), F.normalize(random(b, h, n, f), dim=-1), random(b, h, n, c)
+
+
+# name -> (what omega_memory is given, what the rule applies); "half" has no short way
+STEPS = {
+    "plain": (IDENTITY, IDENTITY),
+    "muon": (z.newton_schulz, rounds_on_x),
+    "half": (lambda g: 0.5 * g, lambda g: 0.5 * g),
+}
 
 
 def word_by_word(q, k, v, gates, window, optimize, chunk=1):
     """The rule as the paper writes it; gradients at the memory before the chunk."""
     b, h, n, f = k.shape
-    memory = speed = torch.zeros(b, h, v.shape[-1], f)
+    memory = speed = k.new_zeros(b, h, v.shape[-1], f)
     out = []
     for t in range(n):
         if t % chunk == 0:
@@ -263,15 +313,70 @@ def word_by_word(q, k, v, gates, window, optimize, chunk=1):
 
 
 @pytest.mark.parametrize("window, chunk", [(1, 1), (3, 1), (4, 5), (2, 20), (20, 3)])
-@pytest.mark.parametrize("optimize", [IDENTITY, z.newton_schulz], ids=["plain", "muon"])
-def test_atlas_memory_is_the_rule(window, chunk, optimize, seed):
-    q, k, v = torch.randn(2, 2, 11, 4), F.normalize(torch.randn(2, 2, 11, 4), dim=-1), torch.randn(2, 2, 11, 3)
-    given = gates(2, 2, 11)
-    wanted = word_by_word(q, k, v, given, window, optimize, chunk)
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("f, c", [(4, 3), (3, 5), (30, 4)])
+def test_atlas_memory_is_the_rule(window, chunk, name, f, c, seed):
+    q, k, v = pairs(2, 2, 11, f, c)
+    given, (optimize, written) = gates(2, 2, 11), STEPS[name]
+    wanted = word_by_word(q, k, v, given, window, written, chunk)
     got = z.omega_memory(q, k, v, given, window, chunk, optimize)
-    assert torch.allclose(got, wanted, atol=1e-3, rtol=1e-3)
+    assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-6)
     other = z.omega_memory(q, k, v, given, window + 1 if window < 11 else window - 10, chunk, optimize)
     assert not torch.allclose(other, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("window, chunk", [(1, 1), (3, 4), (4, 16)])
+@pytest.mark.parametrize("name", ["plain", "muon"])
+def test_atlas_memory_short_ways_have_the_same_gradients(window, chunk, name, seed):
+    short = STEPS[name][0]
+    by = lambda optimize: lambda q, k, v, *g: z.omega_memory(q, k, v, z.Gates(*g), window, chunk, optimize)
+    tensors = (*pairs(1, 2, 19, 7, 3), *gates(1, 2, 19))
+    long = by(lambda g: 1.0 * short(g))  # in a wrapper it is not recognized
+    assert contracts.reduces_to(by(short), long, *tensors)
+    broken = by(lambda g: 1.01 * short(g))
+    assert not contracts.agree(by(short), broken, *tensors)
+
+
+@pytest.mark.parametrize("name", ["plain", "muon"])
+def test_atlas_memory_short_ways_in_single_precision(name, seed):
+    q, k, v = (t.float() for t in pairs(1, 2, 40, 20, 5))
+    given, short = z.Gates(*(g.float() for g in gates(1, 2, 40))), STEPS[name][0]
+    wanted = z.omega_memory(q, k, v, given, 3, 8, lambda g: 1.0 * short(g))
+    got = z.omega_memory(q, k, v, given, 3, 8, short)
+    assert (got - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_atlas_memory_recognizes_only_what_changes_nothing(seed):
+    given, tensors = gates(1, 1, 9), pairs(1, 1, 9, 4, 3)
+    run = lambda optimize: z.omega_memory(*tensors, given, 2, 4, optimize)
+    plain = run(IDENTITY)
+    assert torch.allclose(run(lambda g: g.clone()), plain)
+    changes = (
+        lambda g: 2.0 * g,
+        lambda g: g.mul_(2.0),  # hands back its argument, but changed
+        lambda g: g if g.norm() < 0.1 else g * (0.1 / g.norm()),  # hands back what is small
+    )
+    for change in changes:
+        assert not torch.allclose(run(change), plain, atol=1e-3)
+
+
+def test_atlas_memory_short_ways_form_no_states(monkeypatch):
+    given, tensors = gates(1, 1, 9), pairs(1, 1, 9, 4, 3)
+    monkeypatch.setattr(z, "_omega_by_states", lambda *_: pytest.fail("states were formed"))
+    for optimize in (IDENTITY, lambda g: g, z.newton_schulz):
+        z.omega_memory(*tensors, given, 2, 4, optimize)
+    with pytest.raises(pytest.fail.Exception):
+        z.omega_memory(*tensors, given, 2, 4, lambda g: 1.0 * g)
+
+
+def test_atlas_memory_with_words_that_teach_nothing(seed):
+    q, k, v = (t.requires_grad_() for t in pairs(1, 1, 6, 4, 3))
+    none = gates(1, 1, 6)._replace(weight=torch.zeros(1, 1, 6, dtype=torch.float64))
+    for optimize in (IDENTITY, z.newton_schulz):
+        y = z.omega_memory(q, k, v, none, 2, 4, optimize)
+        assert not y.any()
+        found = torch.autograd.grad(y.sum(), (q, k, v))
+        assert all(g.isfinite().all() for g in found)  # the norm of a zero matrix has no slope
 
 
 def test_atlas_memory_without_error_is_linear_attention(seed):
@@ -293,10 +398,25 @@ def test_atlas_memory_newton_schulz(shape, seed):
     assert after.shape == g.shape and torch.linalg.svdvals(after).max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 4, 20), (20, 6), (1, 1)])
+@pytest.mark.parametrize("steps", [1, 5, 9])
+def test_atlas_memory_newton_schulz_in_the_smaller_matrix(shape, steps, seed):
+    g = torch.randn(shape, dtype=torch.float64)
+    assert torch.allclose(z.newton_schulz(g, steps), rounds_on_x(g, steps), atol=1e-7)
+    if shape[-1] > 1 and shape[-2] <= shape[-1]:
+        x = g / torch.linalg.matrix_norm(g, keepdim=True)
+        p = z.polar_factor(x @ x.transpose(-2, -1), min(steps, 5))
+        assert torch.allclose(p, p.transpose(-2, -1), atol=1e-7)
+        assert torch.allclose(p @ x, rounds_on_x(g, min(steps, 5)), atol=1e-5)
+        assert not torch.allclose(p @ x, rounds_on_x(g, min(steps, 5) + 1), atol=1e-3)
+
+
 @pytest.mark.parametrize("d", [3, 6])
 def test_atlas_memory_features_and_capacity(d, seed):
     x = torch.randn(100, d, dtype=torch.float64)
     found, f = z.polynomial_features(x), d + d * (d + 1) // 2
+    i, j = torch.triu_indices(d, d)
+    assert torch.equal(found, torch.cat([x, x[:, i] * x[:, j]], -1))
     assert found.shape == (100, f) and torch.linalg.matrix_rank(found) == f
 
 
@@ -316,6 +436,9 @@ def test_atlas_memory_decaying_sum(seed):
         y = decay[:, :, t, None, None] * y + x[:, :, t]
         wanted.append(y)
     assert torch.allclose(z.decaying_sum(decay, x, start), torch.stack(wanted, 2), atol=1e-5)
+    table = z.decay_table(decay)[0, 0]
+    by_hand = [[decay[0, 0, i + 1 : t + 1].prod() if i <= t else 0.0 for i in range(7)] for t in range(7)]
+    assert torch.allclose(table, torch.tensor(by_hand), atol=1e-6)
     decay[:] = 0  # forgets everything: nothing may be nan
     assert torch.allclose(z.decaying_sum(decay, x, start), x)
 
