@@ -12,7 +12,7 @@ from tfkit.zoo import memory as z
 from tfkit.zoo.attention import causal_mask, padding_mask
 from tfkit.zoo.transformer import SinusoidalPositions
 
-IDENTITY = lambda x: x
+IDENTITY = z.as_it_is
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -363,7 +363,7 @@ def test_atlas_memory_recognizes_only_what_changes_nothing(seed):
 def test_atlas_memory_short_ways_form_no_states(monkeypatch):
     given, tensors = gates(1, 1, 9), pairs(1, 1, 9, 4, 3)
     monkeypatch.setattr(z, "_omega_by_states", lambda *_: pytest.fail("states were formed"))
-    for optimize in (IDENTITY, lambda g: g, z.newton_schulz):
+    for optimize in (IDENTITY, z.newton_schulz):
         z.omega_memory(*tensors, given, 2, 4, optimize)
     with pytest.raises(pytest.fail.Exception):
         z.omega_memory(*tensors, given, 2, 4, lambda g: 1.0 * g)
