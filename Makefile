@@ -1,6 +1,6 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-portable test-browser export run assignment book lint bench readme clean
+.PHONY: help setup lab test test-portable test-browser export run assignment book lint bench arena readme clean
 PYTHON ?=
 BIN := .venv/bin
 # One thread per test worker: there are as many workers as cores, and results do not depend on the split.
@@ -43,8 +43,11 @@ book: setup  ## build the web site of all chapters in build/book, from stored ou
 lint: setup  ## check code and notebooks with ruff
 	@$(BIN)/ruff check .
 
-bench: setup  ## compare speed with torch.nn and transformers, as ratios
+bench: setup  ## compare speed with torch.nn and transformers, as ratios; crossover lengths of all mixers
 	@$(BIN)/python -m tests.bench
+
+arena: setup  ## play all matches of chapter 17 that its table lacks, and measure the costs (an hour or two)
+	@$(TESTENV) $(BIN)/python -c "from tfkit.zoo.long_range_arena import run_arena; run_arena('notebooks/results/long_range_arena.csv')"
 
 readme: setup  ## write the generated parts of README.md
 	@$(BIN)/python -m tfkit.dev readme

@@ -1,7 +1,8 @@
 """Speed as ratios, each against a peer in the same run: `make bench`.
 
 Sections: tfkit's parts against torch.nn and transformers; the cost of `import tfkit`; each chapter's mechanisms against
-its plain reference; the run time of each notebook. `python -m tests.bench parts imports mechanisms notebooks` chooses.
+its plain reference; the length from which on each mixer of the course beats fused attention; the run time of each
+notebook. `python -m tests.bench parts imports mechanisms crossovers notebooks` chooses.
 """
 
 from __future__ import annotations
@@ -127,6 +128,32 @@ def mechanisms() -> bool:
     return True
 
 
+def crossovers() -> bool:
+    """For every mixer of chapters 10 to 16 the length from which on it is faster than fused attention for good."""
+    from tfkit.zoo import long_range_arena as arena
+
+    price = lambda name: [arena.cost(name, arena.Plan(length=n, size=64)) for n in arena.LENGTHS]
+    dense, good = price("plain attention"), True
+    print(f"one text, width 64, 4 heads, window, rank or chunk 64; tokens {', '.join(map(str, arena.LENGTHS))}")
+    print(f"{'':22} {'claims':>6} {'forward':>9} {'training':>9}   time over dense attention, forward, by length")
+    for name, entry in arena.mixers.items():
+        if entry.chapter < 10:
+            continue
+        found = price(name)
+        meet = [
+            arena.crossover(arena.LENGTHS, [getattr(c, what) for c in found], [getattr(c, what) for c in dense])
+            for what in ("forward", "training")
+        ]
+        late = entry.work < 2 and meet[0] > arena.LENGTHS[-1]
+        good &= not late
+        ratios = " ".join(f"{a.forward / b.forward:6.2f}" for a, b in zip(found, dense, strict=True))
+        print(
+            f"{name:22} n^{entry.work:<4.3g} {meet[0]:9.0f} {meet[1]:9.0f}   {ratios}{'  above the goal' * late}",
+            flush=True,
+        )
+    return good
+
+
 def notebooks() -> bool:
     """Run time of each notebook in seconds, with one thread."""
     import nbformat
@@ -142,7 +169,7 @@ def notebooks() -> bool:
 
 
 def main() -> None:
-    sections = {f.__name__: f for f in (parts, imports, mechanisms, notebooks)}
+    sections = {f.__name__: f for f in (parts, imports, mechanisms, crossovers, notebooks)}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("sections", nargs="*", help=", ".join(sections))
     chosen = parser.parse_args().sections or list(sections)
