@@ -658,7 +658,8 @@ def _open_table(path: Path, settings: dict[str, str]) -> list[Row]:
     there, rows = read_table(path)
     if other := [k for k in settings if there.get(k) != settings[k]]:
         raise ValueError(f"{path} was made with another {other[0]}: "
-                         f"{there.get(other[0])}, not {settings[other[0]]}")
+                         f"{there.get(other[0])}, not {settings[other[0]]}; move the "
+                         "file away, and a new one is begun")
     return rows
 
 # %% notebooks/17_long_range_arena.ipynb
