@@ -4,10 +4,10 @@
 
 # %% notebooks/17_long_range_arena.ipynb
 __all__ = ['LISTOPS', 'AUTHORS', 'mixers', 'tasks', 'LENGTHS', 'LONG_MATCH', 'taxonomy', 'examples', 'ArenaTask', 'long_listops',
-           'authorship', 'retrieval', 'pixel_digits', 'smooth_curves', 'pathfinder', 'connected', 'Plan', 'alone',
-           'Entry', 'written_out', 'ArenaEncoder', 'PairHead', 'arena_model', 'Settings', 'match', 'Cost',
-           'training_step', 'cost', 'crossover', 'Row', 'read_table', 'run_arena', 'accuracies', 'costs', 'crosses',
-           'tied', 'accumulate', 'rounded', 'round_weights_', 'distillation_loss', 'leaves_that_run', 'attention_reach',
+           'authorship', 'retrieval', 'pixel_digits', 'smooth_curves', 'pathfinder', 'connected', 'Plan', 'Entry',
+           'written_out', 'ArenaEncoder', 'PairHead', 'arena_model', 'Settings', 'match', 'Cost', 'training_step',
+           'cost', 'crossover', 'Row', 'read_table', 'run_arena', 'accuracies', 'costs', 'crosses', 'tied',
+           'accumulate', 'rounded', 'round_weights_', 'distillation_loss', 'leaves_that_run', 'attention_reach',
            'map_of', 'replaced']
 
 # %% notebooks/17_long_range_arena.ipynb
@@ -309,7 +309,7 @@ class Plan(NamedTuple):
         return rows, self.length // rows
 
 
-def alone(part: nn.Module, norm: nn.Module) -> nn.Module:
+def _alone(part: nn.Module, norm: nn.Module) -> nn.Module:
     """Wiring for a part that has its own residual, or returns fewer tokens."""
     return part
 
@@ -402,7 +402,7 @@ def _interleaved(p: Plan) -> nn.Module:
 
 mixers |= {
     "Fourier mixing": Entry(12, 1, lambda p: FourierMixing()),
-    "half the tokens": Entry(12, 2, _halving, alone),
+    "half the tokens": Entry(12, 2, _halving, _alone),
     "wavelet attention": Entry(12, 2, lambda p: spectral.wavelet_attention(
         p.width, p.heads)),
     "spectral gate": Entry(12, 1, lambda p: spectral.SpectralGate(p.width, *p.grid)),
@@ -456,7 +456,7 @@ mixers |= {
         p.width, p.width, p.length)),
     "Hyena": Entry(15, 1, lambda p: states.Hyena(p.width, p.length)),
     "Mamba": Entry(15, 1, lambda p: states.MambaMixer(p.width)),
-    "DeciMamba": Entry(15, 1, _decimated, alone),
+    "DeciMamba": Entry(15, 1, _decimated, _alone),
     "Avey": Entry(15, 2, lambda p: states.Avey(p.width, p.size, top=3)),
     "latent patches": Entry(16, 2, _patches),
     "VIP blocks": Entry(16, 1, lambda p: shorter.VIPMixer(
