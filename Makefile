@@ -23,22 +23,22 @@ test: setup  ## set up .venv, run all tests and every notebook
 	@$(TESTENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-portable: setup  ## run the notebooks under other instruction sets and thread counts
-	@$(BIN)/python -m tfkit.dev portable
+	@$(BIN)/python -m tfkit.authoring portable
 
 test-browser: setup  ## drive JupyterLab in headless Chromium
 	@$(BIN)/python -m pytest tests/test_browser.py tests/test_browser_lab.py -n 0 -m browser
 
 export: setup  ## write tfkit/zoo from the notebooks
-	@$(BIN)/python -m tfkit.dev export
+	@$(BIN)/python -m tfkit.authoring export
 
 run: setup  ## export one notebook, run it and store its outputs: make run NB=11
-	@$(BIN)/python -m tfkit.dev run $(NB)
+	@$(BIN)/python -m tfkit.authoring run $(NB)
 
 assignment: setup  ## a chapter as coursework for nbgrader, with and without solutions: make assignment NB=01
-	@$(BIN)/python -m tfkit.dev assignment $(NB)
+	@$(BIN)/python -m tfkit.authoring assignment $(NB)
 
 book: setup  ## build the web site of all chapters in build/book, from stored outputs
-	@$(BIN)/python -m tfkit.dev book
+	@$(BIN)/python -m tfkit.authoring book
 
 lint: setup  ## check code and notebooks with ruff
 	@$(BIN)/ruff check .
@@ -50,7 +50,7 @@ arena: setup  ## play all matches of chapter 17 that its table lacks, and measur
 	@$(TESTENV) $(BIN)/python -c "from tfkit.zoo.long_range_arena import run_arena; run_arena('notebooks/results/long_range_arena.csv')"
 
 readme: setup  ## write the generated parts of README.md
-	@$(BIN)/python -m tfkit.dev readme
+	@$(BIN)/python -m tfkit.authoring readme
 
 clean:  ## remove .venv and everything generated that git does not keep
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -21,7 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tfkit import dev, measure
+from tfkit import measure
+from tfkit.authoring.files import NOTEBOOKS
+from tfkit.authoring.notebooks import ENVIRONMENT
 from tfkit.zoo.attention import MultiHeadAttention
 from tfkit.zoo.transformer import gpt2, transformer_encoder
 
@@ -159,8 +161,8 @@ def notebooks() -> bool:
     import nbformat
     from nbclient import NotebookClient
 
-    os.environ.update(dev.ENVIRONMENT)
-    for path in sorted(dev.NOTEBOOKS.glob("[0-9]*.ipynb")):
+    os.environ.update(ENVIRONMENT)
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         nb = nbformat.read(path, as_version=4)
         started = time.perf_counter()
         NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()

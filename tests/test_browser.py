@@ -182,7 +182,7 @@ def test_a_reader_runs_the_first_chapter_and_moves_a_slider(server, page):
 def test_a_reader_opens_the_book_searches_and_follows_a_link(page, tmp_path):
     from playwright.sync_api import expect
 
-    from tfkit import book
+    from tfkit.authoring import book
 
     folder = book.build(tmp_path / "book")
     page.goto((folder / "index.html").as_uri())

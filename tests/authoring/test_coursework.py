@@ -11,9 +11,9 @@ pytest.importorskip("nbgrader")
 from nbgrader.nbgraderformat import MetadataValidator
 from nbgrader.validator import Validator
 
-from tfkit import coursework
+from tfkit.authoring import coursework
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 CHAPTERS = [p for p in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if '"exercise"' in p.read_text(encoding="utf-8")]
 
 TASK = "### Exercise 1: twice\n\nDifficulty 4 of 5 · 5 minutes. Double it."
@@ -109,7 +109,7 @@ def test_nbgrader_passes_the_instructor_and_fails_the_untouched_and_the_wrong(sm
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_chapter_becomes_an_assignment(path, tmp_path, monkeypatch):
-    full, handed_out = (nbformat.read(p, as_version=4) for p in coursework.assignment(path.stem, tmp_path))
+    full, handed_out = (nbformat.read(p, as_version=4) for p in coursework.assignment(path, tmp_path))
     for nb in (full, handed_out):
         MetadataValidator().validate_nb(nb)
         names = [cell.metadata.nbgrader.grade_id for cell in graded(nb)]

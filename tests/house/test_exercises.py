@@ -16,7 +16,7 @@ import pytest
 import tfkit
 import tfkit.exercises
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 original = tfkit.exercises.check
 

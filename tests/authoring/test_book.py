@@ -11,7 +11,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 pytest.importorskip("myst_nb")
 
-from tfkit import book, papers
+from tfkit import papers
+from tfkit.authoring import book
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver")  # myst-parser's business
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tfkit.dev import NOTEBOOKS, ROOT
+from tfkit.authoring.files import NOTEBOOKS, ROOT
 from tfkit.papers import chapters
 
 STATIC = Path(__file__).resolve().parent / "static"
@@ -65,9 +65,24 @@ def build(folder: Path | str, notebooks: Path | str = NOTEBOOKS) -> Path:
             said = re.sub(re.escape(str(source)) + "/?", "", log.read_text(encoding="utf-8"))
             raise RuntimeError(f"the book was not built:\n{said}")
         shutil.rmtree(made / ".doctrees", ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(made, folder)
+        replace(folder, made)
     return folder
+
+
+def replace(folder: Path, made: Path) -> None:
+    """Put a copy of the folder `made` in the place of `folder`, whole or not at all."""
+    beside, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    for left in (beside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(made, beside)
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def mathjax() -> Path:

@@ -17,7 +17,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from tfkit.dev import ROOT, find
+from tfkit.authoring.files import ROOT, write_notebook
 
 VERSION = 3  # of nbgrader's cell metadata
 DIFFICULTY = re.compile(r"difficulty\W{0,12}([1-5])\b", re.I)
@@ -126,16 +126,15 @@ def student(notebook):
     return nb
 
 
-def assignment(chapter: str, folder: Path | str = ROOT / "coursework") -> tuple[Path, Path]:
-    """Write both versions of a chapter ("01"); returns their paths, instructor's first."""
+def assignment(notebook: Path, folder: Path | str = ROOT / "coursework") -> tuple[Path, Path]:
+    """Write both versions of a chapter's notebook; returns their paths, instructor's first."""
     import nbformat
 
-    path = find(chapter)
-    full = instructor(nbformat.read(path, as_version=4))
+    full = instructor(nbformat.read(notebook, as_version=4))
     written = []
     for kind, nb in (("source", full), ("release", student(full))):
-        target = Path(folder) / kind / path.stem / path.name
+        target = Path(folder) / kind / notebook.stem / notebook.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, target)
+        write_notebook(target, nb)
         written.append(target)
     return written[0], written[1]
