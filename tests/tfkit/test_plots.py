@@ -185,3 +185,144 @@ def test_images(channels):
     assert len(fig.axes) == 12 and sum(bool(a.images) for a in fig.axes) == 10
     assert fig.axes[3].get_title() == "3"
     assert fig.axes[0].images[0].get_array().shape == ((6, 5) if channels == 1 else (6, 5, 3))
+
+
+def test_heads_label_queries_and_keys():
+    weights = torch.rand(2, 2, 3)
+    ax = P.heads(weights, "ab", keys="xyz").axes[1]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["x", "y", "z"]
+    assert P.heads(weights).axes[0].images[0].get_array().shape == (2, 3)
+    with pytest.raises(ValueError, match="2 queries see 3 keys.*keys=keys"):
+        P.heads(weights, "ab")
+    with pytest.raises(ValueError, match=r"\(heads, queries, keys\), got \(2, 3\)"):
+        P.heads(weights[0], "ab")
+
+
+def near(part, x, y, width=None, height=None):
+    assert (part.x, part.y) == pytest.approx((x, y))
+    assert width is None or (part.width, part.height) == pytest.approx((width, height))
+
+
+def test_parts_lie_beside_each_other():
+    d = P.Diagram()
+    a = d.box("a part", size=(1.0, 0.4))
+    near(a, 0, 0, 1.0, 0.4)
+    near(d.box("b", right=a, gap=0.5, shift=0.25, size=(2, 1)), 2.0, 0.25)
+    near(d.box("c", left=a, gap=0.5, shift=0.25, size=(2, 1)), -2.0, 0.25)
+    near(d.box("d", above=a, gap=0.5, shift=0.25, size=(2, 1)), 0.25, 1.2)
+    near(d.box("e", below=a, gap=0.5, shift=0.25, size=(2, 1)), 0.25, -1.2)
+    near(d.box("f", at=(3, 4), size=(2, 1)), 3, 4)
+    near(d.box("g", right=a, size=(1, 1)), 1.35, 0)
+    near(d.cells([0, 0, 1], above=a, side=0.5), 0, 0.8, 1.5, 0.5)
+    near(d.frame([a, P.Part(3, 4, 2, 1)], "both", margin=0.5), 1.75, 2.15, 5.5, 5.7)
+    with pytest.raises(ValueError, match="beside.*right, left, above, below.*'over'"):
+        d.box("g", over=a)
+    with pytest.raises(ValueError, match=r"\['right', 'above'\]"):
+        d.box("g", right=a, above=a)
+
+
+def test_boxes_fit_their_text_and_signs_are_round():
+    d = P.Diagram()
+    short, long, tall = d.box("mix"), d.box("a much longer label than that"), d.box("two\nlines")
+    assert short.width == 0.8 < long.width and short.height < tall.height
+    assert (d.box("+").width, d.box("+").height) == (0.3, 0.3)
+    renderer = d.figure.canvas.get_renderer()
+    box, words = d._ax.patches[1].get_window_extent(renderer), d._ax.texts[1].get_window_extent(renderer)
+    assert box.x0 < words.x0 and words.x1 < box.x1 and box.y0 < words.y0 and words.y1 < box.y1
+    before = len(d._ax.patches)
+    d.box("heads", copies=3, color=2)
+    drawn = d._ax.patches[before:]
+    assert len(drawn) == 3 and {p.get_facecolor()[:3] for p in drawn} == {P.tint(2)}
+    assert drawn[-1].get_x() == pytest.approx(-0.4) and drawn[0].get_x() == pytest.approx(-0.28)
+
+
+def test_roads_join_edges():
+    a, right, above = P.Part(0, 0, 2, 1), P.Part(5, 0.5, 2, 1), P.Part(0.5, 5, 2, 1)
+    assert a.road(right, 0, 0) == [(1, 0), (4, 0.5)] and right.road(a, 0, 0) == [(4, 0.5), (1, 0)]
+    assert a.road(above, 0, 0) == [(0, 0.5), (0.5, 4.5)] and above.road(a, 0, 0) == [(0.5, 4.5), (0, 0.5)]
+    assert a.road(right, 1, 0) == [(0, 0.5), (0, 2), (5, 2), (5, 1)]
+    assert a.road(right, -1, 0) == [(0, -0.5), (0, -1.5), (5, -1.5), (5, 0)]
+    assert a.road(above, 0, 1) == [(1, 0), (2.5, 0), (2.5, 5), (1.5, 5)]
+    assert a.road(above, 0, -1) == [(-1, 0), (-2, 0), (-2, 5), (-0.5, 5)]
+
+
+def test_arrows_name_the_stretch_before_the_text():
+    d = P.Diagram()
+    a = d.box("a")
+    b = d.box("b", right=a, gap=1)
+    c = d.box("c", above=b, gap=1)
+    before, texts = len(d._ax.patches), len(d._ax.texts)
+    d.arrow(a, b, "flat", c, "steep", dashed=True)
+    arrows, (flat, steep) = d._ax.patches[before:], d._ax.texts[texts:]
+    assert [p.get_linestyle() for p in arrows] == ["--", "--"]
+    assert flat.get_text() == "flat" and steep.get_text() == "steep"
+    assert flat.get_position() == pytest.approx(((a.x + b.x) / 2, 0.03)) and flat.get_va() == "bottom"
+    assert steep.get_position() == pytest.approx((b.x + 0.07, (b.y + c.y) / 2)) and steep.get_ha() == "left"
+    d.arrow(a, c, "aslant")
+    assert d._ax.texts[-1].get_bbox_patch() is not None and flat.get_bbox_patch() is None
+    d.arrow(a, c, "around", over=0.5)  # the longest stretch of the road carries the text
+    assert d._ax.texts[-1].get_position()[0] == pytest.approx(0.07)
+    for wrong in ((a,), (a, "text"), ("text", a)):
+        with pytest.raises(ValueError, match="leads from a part to a part"):
+            d.arrow(*wrong)
+
+
+def test_a_diagram_is_cut_to_what_it_shows():
+    d = P.Diagram()
+    a = d.box("far", at=(40, 30), size=(1, 0.5))
+    assert tuple(d.figure.get_size_inches()) == pytest.approx((1.2, 0.7), abs=0.05)
+    d.box("right", right=a, gap=2, size=(1, 0.5))
+    d.arrow(a, d.box("far below", below=a, gap=5), "(b, n, d)", beside=-2)
+    width, height = d.figure.get_size_inches()
+    assert 6 < width < 6.4 and 5.8 < height < 6.4
+    image = Image.open(io.BytesIO(P.png(d.figure))).convert("L")
+    assert image.size == pytest.approx((width * 80, height * 80), abs=1)
+    edge = np.array(image)
+    assert edge[0].min() == edge[-1].min() == edge[:, 0].min() == edge[:, -1].min() == 255  # nothing is cut
+
+
+def test_cells_show_groups_without_color_too():
+    d = P.Diagram()
+    d.cells([[0, 1], [-1, 9]])
+    assert [t.get_text() for t in d._ax.texts] == ["0", "1", "", "9"]
+    assert [p.get_facecolor()[:3] for p in d._ax.patches] == [P.tint(0), P.tint(1), (1, 1, 1), P.tint(9)]
+    assert [p.get_xy() for p in d._ax.patches] == [(-0.32, 0), (0, 0), (-0.32, -0.32), (0, -0.32)]
+    assert P.tint(8) == P.tint(0) != P.tint(1) and P.tint(None) == (1, 1, 1)
+    assert [t.get_text() for t in P.cells([0, 0, 1], labels="a b").axes[0].texts] == ["a", "\u2423", "b"]
+    with pytest.raises(ValueError, match=r"2 labels for 3 cells of shape \(1, 3\)"):
+        P.cells([0, 0, 1], labels="ab")
+
+
+def test_tints_carry_black_text():
+    def luminance(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    for group in range(8):
+        assert (luminance(P.tint(group)) + 0.05) / 0.05 > 4.5  # WCAG's contrast for text
+
+
+def test_mask_shows_kinds_by_color_and_letter():
+    allowed = torch.ones(3, 4, dtype=torch.bool).tril()
+    ax = P.mask(allowed, title="causal", rows="abc", columns="wxyz")
+    (mesh,) = ax.collections
+    assert np.array_equal(mesh.get_array().reshape(3, 4), allowed) and not ax.texts and ax.get_legend() is None
+    assert ax.get_xlim() == (-0.5, 3.5) and ax.get_ylim() == (2.5, -0.5) and ax.get_title() == "causal"
+    assert mesh.to_rgba([0.0, 1.0])[:, :3].tolist() == [[1, 1, 1], pytest.approx(list(P.tint(0)))]
+    ax = P.mask([[1, 2], [0, 2]], names=["window", "global"])
+    assert [(t.get_text(), *t.get_position()) for t in ax.texts] == [("w", 0, 0), ("g", 1, 0), ("g", 1, 1)]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["w: window", "g: global"]
+    assert len(P.mask(np.ones((40, 40)), names=["all"]).texts) == 0  # too small to be read
+    for wrong in ([1, 0], [[0, 3]], [[-1, 0]]):
+        with pytest.raises(ValueError, match="kinds 0 to 2"):
+            P.mask(wrong, names=["window", "global"])
+    with pytest.raises(ValueError, match="columns: 2 labels for 4"):
+        P.mask(allowed, columns="ab")
+
+
+def test_the_example_of_a_diagram_runs():
+    lines = P.Diagram.__doc__.split("under black text.\n")[1].strip("\n").splitlines()
+    scope = {"Diagram": P.Diagram, "show": P.show}
+    exec("\n".join(line[8:] for line in lines), scope)  # noqa: S102
+    assert len(scope["d"]._ax.patches) == 3 + 3 + 4 + 1  # boxes, with two copies more of one; arrows; the frame
