@@ -44,6 +44,7 @@ from tfkit.zoo.transformer import (
     generate,
     gpt2,
     greedy,
+    in_float32,
     language_model,
     multi_encoder,
     next_token_probabilities,
@@ -835,3 +836,31 @@ def test_stack_passes_masks_to_every_block_and_ends_with_its_norm():
     by_hand = blocks[1](blocks[0](x, mask=mask), mask=mask)
     torch.testing.assert_close(stack(x, mask=mask), by_hand)
     torch.testing.assert_close(Stack(blocks, norm)(x, mask=mask), norm(by_hand))
+
+
+# --- 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_float32_computes_wide_and_answers_in_the_type_that_came(dtype):
+    seen = []
+
+    @in_float32
+    def compute(x, scale=None):
+        seen.append((x.dtype, scale.dtype, torch.is_autocast_enabled("cpu")))
+        return x @ x.T * scale, torch.complex(x, x), "a word", torch.arange(2)
+
+    x = torch.randn(3, 3).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        product, wave, word, whole = compute(x, scale=torch.tensor(2.0, dtype=dtype))
+    assert seen == [(torch.float32, torch.float32, False)]
+    assert product.dtype == dtype and wave.dtype == torch.complex64 and word == "a word" and whole.dtype == torch.int64
+    torch.testing.assert_close(product, (x.float() @ x.float().T * 2).to(dtype))
+    for wide in (torch.float32, torch.float64):
+        assert in_float32(lambda x: x + 1)(torch.zeros(2, dtype=wide)).dtype == wide
+
+
+def test_fourier_mixing_in_16_bits_is_that_of_float32_rounded():
+    x = torch.randn(2, 6, 4)
+    exact = FourierMixing()(x.bfloat16().float())
+    torch.testing.assert_close(FourierMixing()(x.bfloat16()), exact.bfloat16())

@@ -8,13 +8,13 @@ __all__ = ['examples', 'sinusoidal_positions', 'SinusoidalPositions', 'LearnedPo
            'next_token_probabilities', 'greedy', 'sampler', 'Remembering', 'remember', 'generate', 'DecoderBlock',
            'EncoderDecoder', 'encoder_decoder', 'transformer_encoder', 'translate', 'parallel_convolutions',
            'segment_max', 'shrink_padding', 'Highway', 'CharacterFrontEnd', 'GatedConvolution', 'Recurrence',
-           'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders', 'multi_encoder', 'InceptionTokens',
-           'InceptiveHead']
+           'in_float32', 'fourier_mix', 'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders', 'multi_encoder',
+           'InceptionTokens', 'InceptiveHead']
 
 # %% notebooks/02_transformer.ipynb
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -647,6 +647,40 @@ class Recurrence(nn.Module):
             self.read(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 # %% notebooks/02_transformer.ipynb
+def in_float32(compute: Callable) -> Callable:
+    """`compute`, done in float32 where a 16-bit number comes in: a decorator.
+
+    Tensors of bfloat16 and float16 are widened, automatic mixed precision is off
+    inside, and floating-point results get the type of the first such tensor. float32
+    and float64 stay as they are. Complex results stay complex.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+
+    @wraps(compute)
+    def wide(*given, **named):
+        tensors = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
+        types = [t.dtype for t in tensors if t.is_floating_point()]
+        device = tensors[0].device.type
+        to = lambda t, into, since: (
+            t.to(into) if isinstance(t, Tensor) and t.dtype in since else t)
+        with torch.autocast(device, enabled=False):
+            out = compute(
+                *(to(t, torch.float32, narrow) for t in given),
+                **{name: to(t, torch.float32, narrow) for name, t in named.items()})
+        if not types or types[0] not in narrow:
+            return out
+        back = lambda t: to(t, types[0], (torch.float32,))
+        return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
+
+    return wide
+
+# %% notebooks/02_transformer.ipynb
+@in_float32
+def fourier_mix(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+    """Re(FFT over tokens of FFT over features). Source: as for `FourierMixing`."""
+    return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+
+
 class FourierMixing(nn.Module):
     """Re(FFT over tokens of FFT over features), no weights: (b, n, d) -> (b, n, d).
 
@@ -658,7 +692,7 @@ class FourierMixing(nn.Module):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         x = x * _real_tokens(x, mask)[..., None]
-        return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+        return fourier_mix(x)
 
 # %% notebooks/02_transformer.ipynb
 def expand(
