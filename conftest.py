@@ -1,5 +1,6 @@
 """Settings for every test and notebook under pytest. It stands here because `pytest notebooks` does not read tests/."""
 
+import json
 import os
 import re
 import socket
@@ -16,9 +17,11 @@ if not os.path.exists("/proc/driver/nvidia"):
     os.environ["TRITON_INTERPRET"] = "1"  # no GPU: whatever imports Triton first, kernels run in its interpreter
 # No test or notebook uses the network. Child processes find a proxy that refuses; this process has a guard below.
 os.environ["HF_HUB_OFFLINE"] = "1"
-for name in ("http_proxy", "https_proxy", "all_proxy"):
-    os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
-os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1,::1"
+# The one test that asks PyPI a question (it skips offline) takes back what stood here, through the fixture `online`.
+_PROXIES = [set_ for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for set_ in (name, name.upper())]
+os.environ.setdefault("TFKIT_PROXIES", json.dumps({name: os.environ[name] for name in _PROXIES if name in os.environ}))
+for name in _PROXIES:
+    os.environ[name] = "localhost,127.0.0.1,::1" if name.lower() == "no_proxy" else "http://127.0.0.1:9"
 
 # Shapes in the signatures of tfkit.zoo are checked at every call of the test run. This must precede its first import.
 try:
@@ -61,6 +64,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.skip(reason="drives a browser; run `make test-browser`"))
+
+
+@pytest.fixture
+def online() -> dict[str, str]:
+    """The environment for a child process that may use the network; the test skips where there is none."""
+    own = {name: value for name, value in os.environ.items() if name not in _PROXIES}
+    return own | json.loads(os.environ["TFKIT_PROXIES"])
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Setting up: the lists of packages agree, the wheel works away from the checkout, mistakes get one sentence."""
 
+import json
 import os
 import re
 import shutil
@@ -53,24 +54,65 @@ def test_every_package_is_pinned_within_its_range(requirement):
     )
 
 
+def needs(name: str, extras=()) -> list[Requirement]:
+    """What an installed package asks for here."""
+    wanted = [{"extra": extra} for extra in [*extras, ""]]
+    found = map(Requirement, metadata.requires(name) or [])
+    return [r for r in found if r.marker is None or any(r.marker.evaluate(extra) for extra in wanted)]
+
+
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the pins are complete for Linux; other systems need a few more"
 )
 def test_what_the_packages_need_is_pinned_too():
     """Else an installation next year brings other versions than the ones that the stored outputs come from."""
     pinned, open_, seen = pins(), {normal(r.name): r.extras for r in asked()}, set()
+    contradicted = []
     while open_:
         name, extras = open_.popitem()
         seen.add(name)
-        for line in metadata.requires(name) or []:
-            need = Requirement(line)
-            wanted = [{"extra": extra} for extra in [*extras, ""]]
-            if need.marker is None or any(need.marker.evaluate(environment) for environment in wanted):
-                if normal(need.name) not in seen:
-                    open_[normal(need.name)] = need.extras
-    builders = {"pip", "setuptools", "wheel"}
+        for need in needs(name, extras):
+            if normal(need.name) not in seen:
+                open_[normal(need.name)] = need.extras
+            contradicted += contradictions(f"{name} {metadata.version(name)}", [need])
     devices = {name for name in seen if name.startswith(("nvidia-", "cuda-"))}  # come with the CUDA build of torch
-    assert not (missing := seen - set(pinned) - builders - devices), f"pin in constraints.txt: {', '.join(missing)}"
+    assert not (missing := seen - set(pinned) - devices), f"pin in constraints.txt: {', '.join(missing)}"
+    assert not contradicted, "; ".join(contradicted)
+
+
+def contradictions(who: str, needed: list[Requirement]) -> list[str]:
+    """The pins that a package which needs these could not be installed with."""
+    pinned = pins()
+    return [
+        f"{who} needs {need}, and constraints.txt pins {pinned[normal(need.name)]}"
+        for need in needed
+        if normal(need.name) in pinned and pinned[normal(need.name)] not in need.specifier
+    ]
+
+
+def test_a_contradiction_is_found():
+    (found,) = contradictions("torch 2.13.0", [Requirement("triton==0.0.1"), Requirement("unknown==1")])
+    assert found == f"torch 2.13.0 needs triton==0.0.1, and constraints.txt pins {pins()['triton']}"
+
+
+def test_the_pins_suit_the_torch_that_pypi_serves(tmp_path, online):
+    """The installed torch may be another build: one for CPUs alone asks for no Triton, PyPI's for Linux names one."""
+    if int(metadata.version("pip").split(".")[0]) < 24:
+        pytest.skip("pip before 24 loads the whole of torch to read what it needs")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
+        online.pop(name, None)
+    online["PIP_CONFIG_FILE"] = os.devnull
+    lazily = "--use-feature=fast-deps --dry-run --no-deps --ignore-installed --only-binary=:all: --retries 0 --quiet"
+    asks = [sys.executable, "-m", "pip", "install", *lazily.split(), "--report", "-", f"torch=={pins()['torch']}"]
+    done = run(*asks, cwd=tmp_path, env=online)
+    versions = re.search(r"from versions: (.*)\)", done.stderr)
+    assert not versions or versions[1] == "none", f"PyPI has no torch {pins()['torch']}, but {versions[1]}"
+    if done.returncode:
+        pytest.skip(f"PyPI cannot be asked from here: {' '.join(done.stderr.splitlines()[-1:])}")
+    (torch,) = (found["metadata"] for found in json.loads(done.stdout)["install"])
+    needed = [r for r in map(Requirement, torch["requires_dist"]) if not r.marker or r.marker.evaluate({"extra": ""})]
+    assert sys.platform != "linux" or "triton" in {r.name for r in needed}, "torch was expected to name its Triton"
+    assert not (found := contradictions(f"torch {torch['version']}", needed)), "; ".join(found)
 
 
 def test_conda_installs_the_same():
