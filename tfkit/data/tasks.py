@@ -12,6 +12,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+__all__ = [
+    "IGNORE", "TRANSLATION_SOURCE", "TRANSLATION_TARGET", "Task", "Translation", "associative_recall", "copy",
+    "induction", "listops", "listops_value", "modular_addition", "parity", "reverse", "sort", "translate",
+    "translation",
+]  # fmt: skip
+
 IGNORE = -100  # a target that does not count in the loss
 
 

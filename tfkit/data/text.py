@@ -1,6 +1,6 @@
-"""Data that needs no download: real images, series and text from installed packages, and tasks with a known answer.
+"""Text: real English and Python, vocabularies of characters and bytes, corpora cut once, and their windows.
 
-Every generator takes a `seed` and returns the same tensors for the same seed. Token tensors are int64.
+Token tensors are int64.
 """
 
 from __future__ import annotations
@@ -13,105 +13,12 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from tfkit.tasks import (  # noqa: F401  the tasks with a known answer belong to the data
-    _ADJECTIVES,
-    _NOUNS,
-    _VERBS,
-    IGNORE,
-    TRANSLATION_SOURCE,
-    TRANSLATION_TARGET,
-    Task,
-    Translation,
-    associative_recall,
-    copy,
-    induction,
-    listops,
-    listops_value,
-    modular_addition,
-    parity,
-    reverse,
-    sort,
-    translate,
-    translation,
-)
+from tfkit.data._base import generator, share
 
-# ---------------------------------------------------------------------------------------------- real images and series
-
-
-class Split(NamedTuple):
-    """Inputs and labels for training and for testing."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
-def digits(test: float = 0.2, seed: int = 0) -> Split:
-    """1,797 handwritten digits: images Float (b, 1, 8, 8) in [0, 1], labels Int (b,) in 0..9, split at random.
-
-    Source: UCI "Optical Recognition of Handwritten Digits", stored inside scikit-learn.
-    """
-    if not 0 < test < 1:
-        raise ValueError(f"test must be a share between 0 and 1, got {test}")
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    x = torch.from_numpy(raw.images).float().unsqueeze(1) / 16  # (b, 1, 8, 8)
-    y = torch.from_numpy(raw.target).long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    cut = round(len(x) * (1 - test))
-    return Split(x[order[:cut]], y[order[:cut]], x[order[cut:]], y[order[cut:]])
-
-
-def photograph(name: str = "china", height: int = 128, width: int = 192) -> Float[Tensor, "3 height width"]:
-    """A real color photograph in [0, 1], resized by area averaging: "china" (a temple) or "flower" (a dahlia).
-
-    Source: the two sample images stored inside scikit-learn.
-    """
-    if name not in ("china", "flower"):
-        raise ValueError(f"photograph must be 'china' or 'flower', got {name!r}")
-    from sklearn.datasets import load_sample_image
-
-    image = torch.from_numpy(load_sample_image(f"{name}.jpg").copy()).permute(2, 0, 1).float() / 255  # (3, 427, 640)
-    return torch.nn.functional.adaptive_avg_pool2d(image, (height, width))
-
-
-# name: (statsmodels data set, columns, what it is)
-_SERIES = {
-    "sunspots": ("sunspots", ["SUNACTIVITY"], "yearly sunspot numbers, 1700 to 2008"),
-    "co2": (
-        "co2",
-        ["co2"],
-        "weekly atmospheric carbon dioxide at Mauna Loa in ppm, 1958 to 2001, gaps filled linearly",
-    ),
-    "elnino": ("elnino", None, "monthly sea-surface temperature off Peru in degrees Celsius, 1950 to 2010"),
-    "macro": (
-        "macrodata",
-        ["realgdp", "realcons", "realinv", "unemp", "infl"],
-        "quarterly US economy, 1959 to 2009, five columns",
-    ),
-}
-
-
-def series(name: str = "sunspots") -> Float[Tensor, "t columns"]:
-    """A real time series stored inside statsmodels: "sunspots", "co2", "elnino" or "macro". Units: see
-    `tfkit.data._SERIES`.
-    """
-    if name not in _SERIES:
-        raise ValueError(f"series must be one of {', '.join(_SERIES)}; got {name!r}")
-    dataset, columns, _ = _SERIES[name]
-    frame = importlib.import_module(f"statsmodels.datasets.{dataset}").load_pandas().data
-    if name == "elnino":  # one row per year, one column per month
-        return torch.tensor(frame.iloc[:, 1:].to_numpy().reshape(-1, 1), dtype=torch.float32)
-    frame = frame[columns].astype(float).interpolate()
-    return torch.tensor(frame.to_numpy(), dtype=torch.float32)
-
-
-# --------------------------------------------------------------------------------------------------------------- text
+__all__ = ["CHARACTERS", "Bytes", "Characters", "Corpus", "corpus", "text", "windows"]
 
 # The characters a text may contain. Fixed, so that no number depends on the Python version that supplies the text.
 CHARACTERS = "\n" + "".join(sorted(string.printable[:95]))
@@ -193,8 +100,7 @@ class Corpus(NamedTuple):
 
 def corpus(kind: str = "english", validation: float = 0.1, vocabulary: Characters | Bytes | None = None) -> Corpus:
     """A text as token ids, cut once: the last share is for validation and never overlaps the training part."""
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must be a share between 0 and 1, got {validation}")
+    share(validation=validation)
     vocabulary = Characters() if vocabulary is None else vocabulary
     ids = vocabulary.encode(text(kind))
     cut = round(len(ids) * (1 - validation))
@@ -205,8 +111,8 @@ def windows(ids: Int[Tensor, "n"], length: int, size: int, seed: int = 0):
     """Endless batches for a language model: inputs (size, length) and the same windows one token later."""
     if not 1 <= length < len(ids):
         raise ValueError(f"length must be between 1 and {len(ids) - 1}, one less than the text; got {length}")
-    generator = torch.Generator().manual_seed(seed)
+    rng = generator(seed)
     steps = torch.arange(length)
     while True:
-        start = torch.randint(len(ids) - length, (size, 1), generator=generator)  # (size, 1)
+        start = torch.randint(len(ids) - length, (size, 1), generator=rng)  # (size, 1)
         yield ids[start + steps], ids[start + steps + 1]
