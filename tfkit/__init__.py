@@ -17,7 +17,7 @@ _HOMES = {
     "check": "exercises",
     "Case": "exercises",
 }
-_MODULES = ("papers", "data", "train", "measure", "contracts", "plots", "widgets", "exercises", "zoo")
+_MODULES = ("papers", "data", "train", "measure", "contracts", "plots", "widgets", "exercises", "pretrained", "zoo")
 __all__ = [*_HOMES, *_MODULES]
 
 

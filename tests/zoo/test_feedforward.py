@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
+from tfkit.train import next_token_loss
 from tfkit.zoo import feedforward as zoo
 from tfkit.zoo.attention import MultiHeadAttention, attention, causal_attention
 from tfkit.zoo.transformer import FeedForward, generate, remember, translate
@@ -72,6 +73,66 @@ def test_gates_equal_llama_with_another_bend(kind, bend):
     theirs, ours = LlamaMLP(config), zoo.GatedFeedForward(8, 12, bend)
     contracts.copy_weights(theirs, ours, lambda name: name.replace("_proj", ""))
     assert contracts.agree(ours, theirs, torch.randn(3, 8), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole Llama
+
+
+@pytest.mark.parametrize(
+    "make, total", [(zoo.llama_7b, 6_738_415_616), (zoo.llama_13b, 13_015_864_320), (zoo.llama_65b, 65_285_660_672)]
+)
+def test_llama_has_the_published_size(make, total):
+    with torch.device("meta"):
+        assert measure.parameters(make()) == total
+
+
+def test_llama_starts_knowing_nothing(seed):
+    """Normal weights of deviation 0.02, unit gains, and a first loss near ln V."""
+    model = zoo.llama(500, 64, 2, 4, 172)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert abs(weight.std().item() / 0.02 - 1) < 0.05, name
+            assert abs(weight.mean().item()) < 0.02 * 5 / weight.numel() ** 0.5, name
+    ids = torch.randint(500, (4, 33))
+    assert abs(next_token_loss(model(ids[:, :-1]), ids[:, 1:]).item() - math.log(500)) < 0.05
+
+
+def test_llama_turns_with_its_base(seed):
+    """Attention in two lines of complex numbers: feature c with feature c + e / 2, speed base^(-2 c / e)."""
+    layer, e, n = zoo.rotary_attention(24, 2, base=500.0), 12, 7
+    x = torch.randn(1, n, 24)
+    q, k, v = layer.project(x)
+    turn = torch.polar(torch.ones(n, e // 2), torch.arange(n)[:, None] * 500.0 ** (-torch.arange(0, e, 2) / e))
+    q, k = (torch.complex(t[..., : e // 2], t[..., e // 2 :]) * turn for t in (q, k))
+    scores = (q @ k.mH).real * e**-0.5
+    weights = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = (weights @ v).transpose(1, 2).flatten(2) @ layer.to_out.weight.T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert layer.to_qkv.bias is None and layer.to_out.bias is None
+    assert not torch.allclose(zoo.rotary_attention(24, 2).attend(*layer.project(x)), layer.attend(*layer.project(x)))
+
+
+def test_llama_takes_its_eps_and_mixer(seed):
+    mixers = []
+
+    def mixer():
+        mixers.append(zoo.rotary_attention(16, 2))
+        return mixers[-1]
+
+    model = zoo.llama(20, 16, 3, 4, 24, mixer=mixer, eps=0.125)
+    assert [block.mix.part for block in model.stack.blocks] == mixers
+    norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm)]
+    assert len(norms) == 7 and {norm.eps for norm in norms} == {0.125}
+
+
+def test_llama_writes_with_an_exact_cache(seed):
+    model, ids = zoo.llama(20, 16, 2, 2, 24), torch.randint(20, (2, 9))
+    with remember(model):
+        pieces = [model(ids[:, :4]), model(ids[:, 4:5], start=4), model(ids[:, 5:], start=5)]
+    assert contracts.causal(model, ids)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_squared_relu_equals_transformers():

@@ -4,12 +4,13 @@
 
 # %% notebooks/07_feedforward.ipynb
 __all__ = ['GATES', 'mechanisms', 'examples', 'gelu', 'gelu_tanh', 'silu', 'squared_relu', 'SquaredReLU', 'gated_hidden',
-           'GatedFeedForward', 'causal_depthwise_conv', 'MultiDConvHeadAttention', 'SharedQKAttention', 'NormOutput',
-           'primer_ez', 'primer_full', 'poly_relu', 'poly_norm', 'PolyReLU', 'PolyNorm', 'cubic_splines', 'KANLayer',
-           'SplineBasis', 'spline_kan', 'refine', 'RadialBasis', 'SineBasis', 'FourierBasis', 'fast_kan', 'sine_kan',
-           'fourier_kan', 'kan_feedforward', 'PatchClassifier', 'kan_classifier', 'gated_parts', 'PartialAttention',
-           'GlobalScores', 'PartialEncoder', 'PartialCrossAttention', 'PartialDecoderBlock', 'partial_translator',
-           'ActivatorUnit', 'activator_classifier', 'activator_only']
+           'GatedFeedForward', 'rotary_attention', 'normal_init_', 'llama', 'llama_7b', 'llama_13b', 'llama_65b',
+           'causal_depthwise_conv', 'MultiDConvHeadAttention', 'SharedQKAttention', 'NormOutput', 'primer_ez',
+           'primer_full', 'poly_relu', 'poly_norm', 'PolyReLU', 'PolyNorm', 'cubic_splines', 'KANLayer', 'SplineBasis',
+           'spline_kan', 'refine', 'RadialBasis', 'SineBasis', 'FourierBasis', 'fast_kan', 'sine_kan', 'fourier_kan',
+           'kan_feedforward', 'PatchClassifier', 'kan_classifier', 'gated_parts', 'PartialAttention', 'GlobalScores',
+           'PartialEncoder', 'PartialCrossAttention', 'PartialDecoderBlock', 'partial_translator', 'ActivatorUnit',
+           'activator_classifier', 'activator_only']
 
 # %% notebooks/07_feedforward.ipynb
 import copy
@@ -30,6 +31,7 @@ from tfkit.zoo.transformer import (
     Block, EncoderDecoder, FeedForward, LanguageModel, LearnedPositions, NoPositions,
     PreNorm, Remembering, SinusoidalPositions, Stack, TokenEmbedding, language_model,
 )
+from .positions import Rotary, rotary_speeds
 
 # %% notebooks/07_feedforward.ipynb
 def gelu(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -100,6 +102,69 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
+
+# %% notebooks/07_feedforward.ipynb
+def rotary_attention(
+    width: int, heads: int, base: float = 10000.0
+) -> MultiHeadAttention:
+    """Causal multi-head attention with rotated queries and keys, without biases.
+
+    base is that of `rotary_speeds`. Raises ValueError as `MultiHeadAttention` does.
+    Source: "LLaMA: Open and Efficient Foundation Language Models", 2023.
+    """
+    layer = MultiHeadAttention(width, heads, bias=False)
+    speeds = rotary_speeds(layer.head_width, base)
+    layer.attend = Rotary(layer.head_width, causal_attention, speeds)
+    return layer
+
+
+@torch.no_grad()
+def normal_init_(model: nn.Module, std: float = 0.02) -> nn.Module:
+    """Every weight with two or more axes normal with this deviation; vectors stay.
+
+    The start of Llama, Mixtral and their relatives in their published training codes.
+    Changes the model and returns it.
+    """
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=std)
+    return model
+
+# %% notebooks/07_feedforward.ipynb
+def llama(
+    vocabulary: int = 32000, width: int = 4096, depth: int = 32, heads: int = 32,
+    hidden: int = 11008, *, mixer: Callable[[], nn.Module] | None = None,
+    eps: float = 1e-6,
+) -> LanguageModel:
+    """A Llama: pre-RMSNorm, rotary attention, SwiGLU, no biases, an own head.
+
+    hidden is that of the gated layer, mixer makes the attention of a block, by default
+    `rotary_attention`; eps is 1e-6 in the first Llama, 1e-5 in the later ones. Weights
+    start normal with deviation 0.02.
+    Source: "LLaMA: Open and Efficient Foundation Language Models", 2023.
+    """
+    mixer = mixer or partial(rotary_attention, width, heads)
+    norm = partial(nn.RMSNorm, width, eps)
+    feed = partial(GatedFeedForward, width, hidden, bias=False)
+    blocks = [Block(mixer(), feed(), norm) for _ in range(depth)]
+    head = nn.Linear(width, vocabulary, bias=False)
+    embed = TokenEmbedding(vocabulary, width)
+    return normal_init_(LanguageModel(embed, Stack(blocks, norm()), head))
+
+
+def llama_7b() -> LanguageModel:
+    """6,738,415,616 parameters. "LLaMA", 2023; Llama 2 has the same, eps 1e-5."""
+    return llama()
+
+
+def llama_13b() -> LanguageModel:
+    """13,015,864,320 parameters. "LLaMA", 2023."""
+    return llama(width=5120, depth=40, heads=40, hidden=13824)
+
+
+def llama_65b() -> LanguageModel:
+    """65,285,660,672 parameters. "LLaMA", 2023."""
+    return llama(width=8192, depth=80, heads=64, hidden=22016)
 
 # %% notebooks/07_feedforward.ipynb
 def causal_depthwise_conv(

@@ -1,0 +1,276 @@
+"""Published checkpoints: every layout against its peer on tiny random weights, and every way a file can fail to fit."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tfkit import pretrained
+from tfkit.pretrained import Layout
+from tfkit.zoo.depth_and_residuals import cait
+from tfkit.zoo.feedforward import llama
+from tfkit.zoo.transformer import gpt2
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Every parameter moved, so that no zero bias or unit gain can be mistaken for another."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def peer_gpt2(**given):
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2} | given
+    return shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)))
+
+
+def peer_llama(**given):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**(sizes | {"num_attention_heads": 4, "rms_norm_eps": 1e-6} | given))
+    return shaken(transformers.LlamaForCausalLM(config))
+
+
+OURS = {
+    "gpt2": (peer_gpt2, lambda: gpt2(40, 16, 16, 2, 2)),
+    "llama": (peer_llama, lambda: llama(40, 16, 2, 4, 24)),
+}
+
+
+def save(model, folder, **given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, **given)
+    return folder
+
+
+@pytest.mark.parametrize("layout", OURS)
+def test_logits_of_transformers(layout, tmp_path):
+    peer, ours = OURS[layout][0](), OURS[layout][1]().eval()
+    assert pretrained.load(ours, save(peer, tmp_path), layout) is ours
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS), peer(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["pieces", "torch", "torch, old format", "torch, under model", "bare"])
+def test_every_form_of_file_gives_the_same_weights(form, tmp_path):
+    peer, whole, ours = peer_gpt2(), gpt2(40, 16, 16, 2, 2), gpt2(40, 16, 16, 2, 2)
+    pretrained.load(whole, save(peer, tmp_path / "whole"), "gpt2")
+    state, there = peer.state_dict(), tmp_path / "there"
+    there.mkdir()
+    if form == "pieces":
+        save(peer, there, max_shard_size="5KB")
+        assert len(list(there.glob("*.safetensors"))) > 2
+    elif form == "bare":  # the model without its head, whose names have no prefix
+        save(peer.transformer, there)
+    elif form == "torch":
+        torch.save(state, there / "pytorch_model.bin")
+    elif form == "torch, old format":
+        torch.save(state, there / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    else:
+        there = there / "deep.pth"
+        torch.save({"model": state, "epoch": 3}, there)
+    pretrained.load(ours, there, "gpt2")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Weights by formula, the same on every machine: 0.5 sin(1.7 i), i counted on from tensor to tensor."""
+    state, at = {}, 0
+    for name, shape in shapes.items():
+        n = torch.Size(shape).numel()
+        state[name] = (0.5 * torch.sin(1.7 * torch.arange(at, at + n, dtype=torch.float64))).float().reshape(shape)
+        at += n
+    return state
+
+
+def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    """A weight of this shape and its bias."""
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def timm_block(name: str, d: int = 16, attention: dict | None = None) -> dict[str, tuple[int, ...]]:
+    attention = attention or pair("attn.qkv", 3 * d, d) | pair("attn.proj", d, d)
+    return {
+        f"{name}.{key}": shape
+        for key, shape in (
+            pair("norm1", d) | attention | pair("norm2", d) | pair("mlp.fc1", 4 * d, d) | pair("mlp.fc2", d, 4 * d)
+        ).items()
+    }
+
+
+def timm_cait_names() -> dict[str, tuple[int, ...]]:
+    """Names, shapes and order of the state of timm's Cait(8, 4, num_classes=3, embed_dim=16, depth=2, num_heads=2)."""
+    talking = (
+        pair("attn.qkv", 48, 16) | pair("attn.proj", 16, 16) | pair("attn.proj_l", 2, 2) | pair("attn.proj_w", 2, 2)
+    )
+    looking = pair("attn.q", 16, 16) | pair("attn.k", 16, 16) | pair("attn.v", 16, 16) | pair("attn.proj", 16, 16)
+    names = {"cls_token": (1, 1, 16), "pos_embed": (1, 4, 16)} | pair("patch_embed.proj", 16, 3, 4, 4)
+    for kind, attention in (("blocks", talking), ("blocks_token_only", looking)):
+        for i in range(2):
+            gammas = {f"{kind}.{i}.gamma_1": (16,), f"{kind}.{i}.gamma_2": (16,)}
+            names |= gammas | timm_block(f"{kind}.{i}", attention=attention)
+    return names | pair("norm", 16) | pair("head", 3, 16)
+
+
+PICTURES = torch.sin(0.7 * torch.arange(2 * 3 * 8 * 8, dtype=torch.float64)).float().reshape(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_logits_of_timm_cait(prefix, tmp_path):
+    """The expected numbers are those of timm 1.0.31 with the same weights and pictures."""
+    state = numbered(timm_cait_names())
+    torch.save({"model": {prefix + name: value for name, value in state.items()}}, tmp_path / "cait.pth")
+    ours = pretrained.load(cait(8, 16, 2, 2, classes=3, patch=4).eval(), tmp_path / "cait.pth", "timm_cait")
+    expected = [[-0.4582432, -1.6779476, 1.8526463], [-0.4582424, -1.6779464, 1.8526443]]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(PICTURES), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+# What does not fit is named, and nothing is written.
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.pop("transformer.h.1.ln_1.bias"),
+            "h.1.ln_1.bias is missing, of which stack.blocks.1.mix.norm.bias",
+        ),
+        (lambda s: s.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}), "h.2.ln_1.bias is unknown"),
+        (lambda s: s.update({"extra": torch.zeros(1)}), "extra is unknown"),
+        (
+            lambda s: s.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(48, 16)}),
+            r"h.0.attn.c_attn.weight \(48, 16\): misshapen, stack.blocks.0.mix.part.to_qkv.weight is \(48, 16\)",
+        ),
+        (lambda s: s.update({"transformer.wpe.weight": torch.zeros(9, 16)}), r"wpe.weight \(9, 16\): misshapen"),
+        (lambda s: s.update({"wte.weight": torch.zeros(40, 16)}), "wte.weight twice"),
+        (lambda s: s.update({"lm_head.weight": torch.zeros(40, 16)}), "lm_head.weight differs from wte.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_written(change, message, tmp_path):
+    save(peer_gpt2(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    ours = gpt2(40, 16, 16, 2, 2)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(ours, tmp_path, "gpt2")
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+def test_every_fault_is_in_one_message(tmp_path):
+    save(peer_gpt2(), tmp_path)
+    with pytest.raises(ValueError) as error:
+        pretrained.load(gpt2(40, 16, 24, 3, 2), tmp_path, "gpt2")
+    text = str(error.value)
+    assert "h.2.attn.c_attn.weight is missing" in text and "wte.weight (40, 16): misshapen" in text
+
+
+def test_what_may_be_ignored(tmp_path):
+    save(peer_gpt2(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16), "score.weight": torch.ones(2, 16)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="score.weight is unknown") as error:
+        pretrained.load(gpt2(40, 16, 16, 2, 2), tmp_path, "gpt2")
+    assert "attn.bias" not in str(error.value)  # a mask, known to the layout
+    pretrained.load(gpt2(40, 16, 16, 2, 2), tmp_path, "gpt2", ignore=("score.*",))
+
+
+def test_tied_heads(tmp_path):
+    """A file without its head gives the table to a model that has one; a head beside the table must be equal."""
+    peer = peer_llama(tie_word_embeddings=True)
+    save(peer, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    ours = pretrained.load(llama(40, 16, 2, 4, 24), tmp_path, "llama")
+    assert torch.equal(ours.head.weight, ours.embed.table.weight)
+    save(peer_gpt2(), tmp_path / "two")
+    state = load_file(tmp_path / "two" / "model.safetensors")
+    save_file(
+        state | {"lm_head.weight": state["transformer.wte.weight"].clone()}, tmp_path / "two" / "model.safetensors"
+    )
+    pretrained.load(gpt2(40, 16, 16, 2, 2), tmp_path / "two", "gpt2")
+
+
+def test_dtype_and_shared_storage_stay(tmp_path):
+    peer = peer_llama()
+    ours = llama(40, 16, 2, 4, 24).bfloat16()
+    weight = ours.head.weight
+    pretrained.load(ours, save(peer, tmp_path), "llama")
+    assert ours.head.weight is weight and weight.dtype == torch.bfloat16
+    assert torch.equal(weight, peer.lm_head.weight.bfloat16())
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    ours = gpt2(40, 16, 16, 2, 2)
+    with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors"):
+        pretrained.load(ours, tmp_path, "gpt2")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        pretrained.load(ours, tmp_path / "no.bin", "gpt2")
+    with pytest.raises(ValueError, match="no layout is called 'gpt3'; there are gpt2, llama"):
+        pretrained.load(ours, tmp_path, "gpt3")
+    torch.save({"step": 3}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="step.pt holds no state dict"):
+        pretrained.load(ours, tmp_path / "step.pt", "gpt2")
+    with torch.device("meta"):
+        empty = gpt2(40, 16, 16, 2, 2)
+    with pytest.raises(ValueError, match="embed.table.weight of the model is on the meta device"):
+        pretrained.load(empty, save(peer_gpt2(), tmp_path / "good"), "gpt2")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    torch.save({"model": {"a": torch.nn.Linear(1, 1)}}, tmp_path / "bad.bin")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        pretrained.read(tmp_path / "bad.bin")
+
+
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ({"a": "one.safetensors"}, "disagree on b in one.safetensors"),
+        ({"a": "one.safetensors", "b": "one.safetensors", "c": "one.safetensors"}, "disagree on c in one.safetensors"),
+        ({"a": "../one.safetensors"}, "outside its folder: ../one.safetensors"),
+    ],
+)
+def test_an_index_that_lies(where, message, tmp_path):
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match=message):
+        pretrained.read(tmp_path)
+
+
+# The language of the tables.
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(3, 4, 2))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+
+def test_a_table_of_ones_own(tmp_path):
+    """Braces join along the first axis, # counts and stacks, and old spellings are renamed."""
+    layout = Layout("experts  e.#.{up,gate}.weight\nbias  {b,c}", rename={"gamma": "weight"}, ignore=("*.step",))
+    file = {f"e.{i}.{part}.gamma": torch.randn(2, 2) for i in range(3) for part in ("up", "gate")}
+    file |= {"b": torch.randn(3), "c": torch.randn(1), "e.0.step": torch.ones(())}
+    save_file(file, tmp_path / "m.safetensors")
+    ours = pretrained.load(Pair(), tmp_path / "m.safetensors", layout)
+    for i in range(3):
+        assert torch.equal(ours.experts[i, :2], file[f"e.{i}.up.gamma"])
+        assert torch.equal(ours.experts[i, 2:], file[f"e.{i}.gate.gamma"])
+    assert torch.equal(ours.bias, torch.cat([file["b"], file["c"]]))
+    save_file(file | {"e.3.up.gamma": torch.ones(2, 2)}, tmp_path / "more.safetensors")  # a fourth, and only one half
+    with pytest.raises(ValueError, match=r"e.3.up.weight \(2, 2\), .* misshapen, experts is \(3, 4, 2\)"):
+        pretrained.load(Pair(), tmp_path / "more.safetensors", layout)
+    with pytest.raises(ValueError, match="bias of the model has no rule in this layout"):
+        pretrained.load(Pair(), tmp_path / "m.safetensors", Layout("experts  e.#.{up,gate}.weight", ignore=("*",)))

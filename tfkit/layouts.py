@@ -1,0 +1,77 @@
+"""The names of published checkpoints, one table each, for `tfkit.pretrained`, which says how a table is read.
+
+Where names are transformers' and timm's alike, the table is called after the model; `timm_` marks timm's own (for
+CaiT and DeiT also those of the authors' release).
+"""
+
+from __future__ import annotations
+
+_DECODER = {"prefix": "model.", "tied": {"lm_head.weight": "embed_tokens.weight"}, "ignore": ("*.rotary_emb.inv_freq",)}
+_LLAMA = """
+embed.table.weight                            embed_tokens.weight
+stack.blocks.*.mix.norm.weight                layers.*.input_layernorm.weight
+stack.blocks.*.mix.part.to_qkv.weight         layers.*.self_attn.{q,k,v}_proj.weight
+stack.blocks.*.mix.part.to_out.weight         layers.*.self_attn.o_proj.weight
+stack.blocks.*.feed.norm.weight               layers.*.post_attention_layernorm.weight
+stack.norm.weight                             norm.weight
+head.weight                                   lm_head.weight
+"""
+_LLAMA_FEED = """
+stack.blocks.*.feed.part.*.weight             layers.*.mlp.*_proj.weight
+"""
+_MIXTRAL_FEED = """
+stack.blocks.*.feed.part.router.score.weight  layers.*.block_sparse_moe.gate.weight
+stack.blocks.*.feed.part.experts.gate_up      layers.*.block_sparse_moe.experts.#.{w1,w3}.weight
+stack.blocks.*.feed.part.experts.down         layers.*.block_sparse_moe.experts.#.w2.weight
+"""
+_GPT2 = """
+embed.table.weight                            wte.weight
+embed.positions.table                         wpe.weight
+stack.blocks.*.mix.norm.*                     h.*.ln_1.*
+stack.blocks.*.mix.part.to_qkv.*              h.*.attn.c_attn.*          transposed
+stack.blocks.*.mix.part.to_out.*              h.*.attn.c_proj.*          transposed
+stack.blocks.*.feed.norm.*                    h.*.ln_2.*
+stack.blocks.*.feed.part.up.*                 h.*.mlp.c_fc.*             transposed
+stack.blocks.*.feed.part.down.*               h.*.mlp.c_proj.*           transposed
+stack.norm.*                                  ln_f.*
+head.weight                                   lm_head.weight
+"""
+_TIMM_CAIT = """
+token                                         cls_token
+embed.place                                   pos_embed
+embed.cut.*                                   patch_embed.proj.*
+stack.blocks.*.mix.norm.*                     blocks.*.norm1.*
+stack.blocks.*.mix.part.to_qkv.*              blocks.*.attn.qkv.*
+stack.blocks.*.mix.part.attend.before.*       blocks.*.attn.proj_l.*
+stack.blocks.*.mix.part.attend.after.*        blocks.*.attn.proj_w.*
+stack.blocks.*.mix.part.to_out.*              blocks.*.attn.proj.*
+stack.blocks.*.mix.scale                      blocks.*.gamma_1
+stack.blocks.*.feed.norm.*                    blocks.*.norm2.*
+stack.blocks.*.feed.part.up.*                 blocks.*.mlp.fc1.*
+stack.blocks.*.feed.part.down.*               blocks.*.mlp.fc2.*
+stack.blocks.*.feed.scale                     blocks.*.gamma_2
+class_blocks.*.norm.*                         blocks_token_only.*.norm1.*
+class_blocks.*.look.to_q.*                    blocks_token_only.*.attn.q.*
+class_blocks.*.look.to_kv.*                   blocks_token_only.*.attn.{k,v}.*
+class_blocks.*.look.to_out.*                  blocks_token_only.*.attn.proj.*
+class_blocks.*.scale                          blocks_token_only.*.gamma_1
+class_blocks.*.feed.norm.*                    blocks_token_only.*.norm2.*
+class_blocks.*.feed.part.up.*                 blocks_token_only.*.mlp.fc1.*
+class_blocks.*.feed.part.down.*               blocks_token_only.*.mlp.fc2.*
+class_blocks.*.feed.scale                     blocks_token_only.*.gamma_2
+norm.*                                        norm.*
+head.*                                        head.*
+"""
+
+# name -> the arguments of `tfkit.pretrained.Layout`
+TABLES: dict[str, dict] = {
+    "gpt2": {
+        "table": _GPT2,
+        "prefix": "transformer.",
+        "tied": {"lm_head.weight": "wte.weight"},
+        "ignore": ("h.*.attn.bias", "h.*.attn.masked_bias"),
+    },
+    "llama": {"table": _LLAMA + _LLAMA_FEED, **_DECODER},
+    "mixtral": {"table": _LLAMA + _MIXTRAL_FEED, **_DECODER},
+    "timm_cait": {"table": _TIMM_CAIT, "prefix": "module."},
+}
