@@ -71,8 +71,8 @@ class NoShortcut(PreNorm):
     """f(norm(x)): the part alone, without a road past it. For comparison."""
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others, **given
+    ) -> Float[Tensor, "*b n d"]:
         return self.part(self.norm(x), *others, **given)
 
 # %% notebooks/06_depth_and_residuals.ipynb
@@ -132,8 +132,8 @@ class Weighted(PreNorm):
         self.keep, self.add = keep, add
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others, **given
+    ) -> Float[Tensor, "*b n d"]:
         return self.keep * x + self.add * self.part(self.norm(x), *others, **given)
 
 
@@ -141,8 +141,8 @@ class WeightedPost(Weighted, PostNorm):
     """norm(keep x + add f(x)): post-norm with a weight on the road and the branch."""
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others, **given
+    ) -> Float[Tensor, "*b n d"]:
         return self.norm(self.keep * x + self.add * self.part(x, *others, **given))
 
 # %% notebooks/06_depth_and_residuals.ipynb
@@ -165,8 +165,8 @@ class LayerScale(PreNorm):
         self.scale = nn.Parameter(torch.full((width,), start))
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others, **given
+    ) -> Float[Tensor, "*b n d"]:
         return x + self.scale * self.part(self.norm(x), *others, **given)
 
 # %% notebooks/06_depth_and_residuals.ipynb

@@ -143,8 +143,8 @@ class PreNorm(nn.Module):
         self.part, self.norm = part, norm
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others: Tensor, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others: Tensor, **given
+    ) -> Float[Tensor, "*b n d"]:
         return x + self.part(self.norm(x), *others, **given)
 
 
@@ -152,8 +152,8 @@ class PostNorm(PreNorm):
     """norm(x + f(x)), as in "Attention Is All You Need", 2017."""
 
     def forward(
-        self, x: Float[Tensor, "b n d"], *others: Tensor, **given
-    ) -> Float[Tensor, "b n d"]:
+        self, x: Float[Tensor, "*b n d"], *others: Tensor, **given
+    ) -> Float[Tensor, "*b n d"]:
         return self.norm(x + self.part(x, *others, **given))
 
 # %% notebooks/02_transformer.ipynb
@@ -174,7 +174,7 @@ class Block(nn.Module):
         super().__init__()
         self.mix, self.feed = wiring(mixer, norm()), wiring(feedforward, norm())
 
-    def forward(self, x: Float[Tensor, "b n d"], **given) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "*b n d"], **given) -> Float[Tensor, "*b n d"]:
         return self.feed(self.mix(x, **given))
 
 # %% notebooks/02_transformer.ipynb
