@@ -324,5 +324,5 @@ def test_mask_shows_kinds_by_color_and_letter():
 def test_the_example_of_a_diagram_runs():
     lines = P.Diagram.__doc__.split("under black text.\n")[1].strip("\n").splitlines()
     scope = {"Diagram": P.Diagram, "show": P.show}
-    exec("\n".join(line[8:] for line in lines), scope)  # noqa: S102
+    exec("\n".join(line[8:] for line in lines), scope)
     assert len(scope["d"]._ax.patches) == 3 + 3 + 4 + 1  # boxes, with two copies more of one; arrows; the frame
