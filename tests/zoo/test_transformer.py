@@ -341,6 +341,8 @@ def test_the_cache_is_taken_off_after_an_error():
 class Shifted(nn.Module):
     """An attend that is a module, as a positional scheme will be."""
 
+    looks_back = float("inf")
+
     def forward(self, q, k, v, mask=None):
         return causal_attention(q, k, v, mask, scale=0.3)
 

@@ -8,10 +8,14 @@ __all__ = ['examples', 'attention_weights', 'attention', 'causal_mask', 'causal_
            'head_for_pattern', 'fixed_head_attention', 'low_rank_pooling', 'LowRankPooling', 'LowRankClassifier']
 
 # %% notebooks/01_attention.ipynb
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from ..past import recall, why_not, with_past
 
 # %% notebooks/01_attention.ipynb
 def _check_mask(mask: Tensor | None, n: int, m: int) -> None:
@@ -50,6 +54,9 @@ def attention_weights(
         return scores.softmax(-1)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
 
+
+attention_weights.looks_back = None                    # a query may see later keys too
+
 # %% notebooks/01_attention.ipynb
 def attention(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"], v: Float[Tensor, "*b m c"],
@@ -67,6 +74,9 @@ def attention(
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+attention.looks_back = None
 
 # %% notebooks/01_attention.ipynb
 def causal_mask(
@@ -102,6 +112,9 @@ def causal_attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     allowed = causal_mask(n, m, q.device)
     return attention(q, k, v, allowed if mask is None else mask & allowed, bias, scale)
+
+
+causal_attention.looks_back = math.inf                 # all earlier tokens
 
 # %% notebooks/01_attention.ipynb
 def padding_mask(real: Bool[Tensor, "b m"]) -> Bool[Tensor, "b 1 1 m"]:
@@ -163,7 +176,19 @@ class MultiHeadAttention(nn.Module):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
+
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **given
+    ) -> Tensor:
+        """`attend`; inside `remember` (chapter 02) earlier keys and values come first."""
+        k, v, mask = with_past(self, self.attend, k, v, mask)
+        return self.attend(q, k, v, mask=mask, **given)
+
+    @property
+    def no_past(self) -> str | None:
+        """Why this layer cannot be fed a text in pieces; None for causal attention."""
+        return why_not(self.attend)
 
     def maps(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
@@ -205,9 +230,17 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         q = split_heads(self.to_q(x), self.heads)  # (b, h, n, e)
-        # (b, h, m, e)
+        return self.to_out(merge_heads(self.attend(q, *self.keys(context), mask=mask)))
+
+    def keys(self, context: Float[Tensor, "b m c"]) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h, m, e); inside `remember` made once for a context."""
+        kept = recall(self)
+        if kept and torch.equal(kept["context"], context):
+            return kept["k"], kept["v"]
         k, v = (split_heads(t, self.heads) for t in self.to_kv(context).chunk(2, -1))
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        if kept is not None:
+            kept.update(context=context, k=k, v=v)
+        return k, v
 
 # %% notebooks/01_attention.ipynb
 def column_attention(

@@ -27,8 +27,9 @@ from tfkit.zoo.attention import (
     merge_heads, split_heads,
 )
 from tfkit.zoo.transformer import (
-    Block, FeedForward, Remembering, SinusoidalPositions, Stack, TokenEmbedding,
+    Block, FeedForward, SinusoidalPositions, Stack, TokenEmbedding,
 )
+from ..past import recall
 
 # %% notebooks/09_attention_variants.ipynb
 def grouped_attention(
@@ -51,12 +52,17 @@ def grouped_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
     )
 
+
+grouped_attention.looks_back = None
+
 # %% notebooks/09_attention_variants.ipynb
 class Causal(nn.Module):
     """An attend function (q, k, v, mask=None, ...) made causal.
 
     The n queries are the last n of m positions. attend must take a mask.
     """
+
+    looks_back = math.inf
 
     def __init__(self, attend):
         super().__init__()
@@ -221,7 +227,7 @@ class GatedAttention(MultiHeadAttention):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
-        heads = merge_heads(self.attend(q, k, v, mask=mask))           # (b, n, h e)
+        heads = merge_heads(self.read(q, k, v, mask=mask))             # (b, n, h e)
         return self.to_out(heads * self.to_gate(x).sigmoid())
 
 # %% notebooks/09_attention_variants.ipynb
@@ -295,7 +301,7 @@ class DifferentialAttention(MultiHeadAttention):
 
     def combine(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The heads before their norm: (b, h, n, c)."""
-        return differential_attention(q, k, v, self.lam(), mask, self.attend)
+        return differential_attention(q, k, v, self.lam(), mask, self.read)
 
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
@@ -371,11 +377,9 @@ class DINTAttention(DifferentialAttention):
         self.average = average
 
     def combine(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        first, second = _both_reads(q, k, v, mask, self.attend)
-        rows = first                                           # of all words so far
-        if isinstance(self.attend, Remembering):
-            earlier = getattr(self.attend, "rows", first[..., :0, :])
-            self.attend.rows = rows = torch.cat([earlier, first], -2)
+        first, second = _both_reads(q, k, v, mask, self.read)
+        state = recall(self)                                   # of all words so far
+        rows = first if state is None else state.append("rows", first)
         integral = self.average(rows)[..., -first.shape[-2] :, :]
         return first + self.lam() * (integral - second)
 
@@ -449,7 +453,7 @@ class FixedMapAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
         q, k = (t[:1].expand_as(t) for t in (q, k))
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
 
 
 class ReferenceStack(nn.Module):
@@ -515,7 +519,7 @@ class StaticMapAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b n d"]:
         q, k, _ = self.project(source)
         v = self.project(x)[2]
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
 
 # %% notebooks/09_attention_variants.ipynb
 class StaticStack(nn.Module):
@@ -627,6 +631,8 @@ class RelativeAttention(nn.Module):
     Convolutional Multi-Head Attention for Natural Language Modelling", 2023.
     """
 
+    looks_back = math.inf
+
     def __init__(self, heads: int, head_width: int, length: int):
         super().__init__()
         self.keys = nn.Parameter(torch.zeros(length, heads, head_width))
@@ -681,10 +687,9 @@ class ConvolvedAttention(MultiHeadAttention):
     def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (b, h, n, e)."""
         raw, n = torch.stack(super().project(x)), x.shape[1]       # (3, b, h, n, e)
-        if isinstance(self.attend, Remembering):
-            raw = torch.cat([getattr(self.attend, "raw", raw[..., :0, :]), raw], -2)
-            back = self.convolve[0].kernel_size[0] - 1
-            self.attend.raw = raw[..., max(0, raw.shape[-2] - back) :, :]
+        state, back = recall(self), self.convolve[0].kernel_size[0] - 1
+        if state is not None:
+            raw = state.append("raw", raw.transpose(0, 1), most=back).transpose(0, 1)
         q, k, v = (f(t)[..., -n:, :] for f, t in zip(self.convolve, raw, strict=True))
         return q, k, v
 

@@ -610,7 +610,7 @@ class ValueResidual(MultiHeadAttention):
             v = self.first * kept[0] + self.own * v
         else:
             kept.append(v)
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 class SharedValue(MultiHeadAttention):
@@ -629,7 +629,7 @@ class SharedValue(MultiHeadAttention):
         kept: list,
     ) -> Float[Tensor, "b n d"]:
         q, k = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(2, -1))
-        return self.to_out(merge_heads(self.attend(q, k, kept[0], mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, kept[0], mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 def resformer_stack(
@@ -674,7 +674,7 @@ class SkipLayerAttention(MultiHeadAttention):
             below, s = kept[-1 - self.back], self.skipped
             k = torch.cat([below[0][:, :s], k[:, s:]], 1)             # (b, h, n, e)
             v = torch.cat([below[1][:, :s], v[:, s:]], 1)
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
 
 
 def skip_layer_stack(
@@ -751,7 +751,7 @@ class DeepCrossBlock(nn.Module):
         weights = self.mixer.to_qkv.weight.chunk(3)
         q, k, v = (split_heads(F.linear(self.norm(t), w), self.mixer.heads)
                    for t, w in zip(inputs, weights))
-        found = self.mixer.to_out(merge_heads(self.mixer.attend(q, k, v)))
+        found = self.mixer.to_out(merge_heads(self.mixer.read(q, k, v)))
         return found + self.feedforward(self.feed_norm(inputs[0] + found))
 
 # %% notebooks/06_depth_and_residuals.ipynb

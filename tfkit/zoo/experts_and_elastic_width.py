@@ -523,7 +523,7 @@ class MixtureOfHeads(MultiHeadAttention):
         self, x: Float[Tensor, "b n d"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n d"]:
         gates = self.gates(x).mT.unsqueeze(-1)                           # (b, h, n, 1)
-        found = self.attend(*self.project(x), mask=mask)                 # (b, h, n, e)
+        found = self.read(*self.project(x), mask=mask)                   # (b, h, n, e)
         return self.to_out(merge_heads(gates * found))
 
 # %% notebooks/08_experts_and_elastic_width.ipynb

@@ -29,8 +29,9 @@ from tfkit.zoo.attention import (
 )
 from tfkit.zoo.transformer import (
     Block, EncoderDecoder, FeedForward, LanguageModel, LearnedPositions, NoPositions,
-    PreNorm, Remembering, SinusoidalPositions, Stack, TokenEmbedding, language_model,
+    PreNorm, SinusoidalPositions, Stack, TokenEmbedding, language_model,
 )
+from ..past import recall
 from .positions import Rotary, rotary_speeds
 
 # %% notebooks/07_feedforward.ipynb
@@ -206,10 +207,9 @@ class MultiDConvHeadAttention(MultiHeadAttention):
     def convolve(self, raw: Float[Tensor, "b g n e"]) -> Float[Tensor, "b g n e"]:
         """The convolution; inside `remember` it goes on where the last call ended."""
         n, before = raw.shape[-2], self.kernel.shape[-1] - 1
-        if isinstance(self.attend, Remembering):
-            past = getattr(self.attend, "unconvolved", raw[..., :0, :])
-            raw = torch.cat([past, raw], -2)           # (b, 3 h, up to k - 1 + n, e)
-            self.attend.unconvolved = raw[..., max(0, raw.shape[-2] - before) :, :]
+        state = recall(self)
+        if state is not None:                          # (b, 3 h, up to k - 1 + n, e)
+            raw = state.append("unconvolved", raw, most=before)
         return causal_depthwise_conv(raw, self.kernel)[..., raw.shape[-2] - n :, :]
 
 # %% notebooks/07_feedforward.ipynb
@@ -572,7 +572,7 @@ class PartialAttention(MultiHeadAttention):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
         bias: Float[Tensor, "b h n m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        y = self.attend(*self.project(x), mask=mask, bias=bias)       # (b, h, n, e)
+        y = self.read(*self.project(x), mask=mask, bias=bias)         # (b, h, n, e)
         return self.to_out(gated_parts(y, self.to_gate(x), self.feedforward))
 
 # %% notebooks/07_feedforward.ipynb

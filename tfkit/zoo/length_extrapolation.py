@@ -177,6 +177,8 @@ class ThresholdRelative(nn.Module):
     Source: "TRA: Better Length Generalisation with Threshold Relative Attention", 2025.
     """
 
+    looks_back = math.inf
+
     def __init__(self, heads: int, head_width: int, threshold: float = 0.0):
         super().__init__()
         self.threshold = threshold

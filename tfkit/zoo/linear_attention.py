@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..past import looks_back
 from tfkit.zoo.attention import (
     MultiHeadAttention, _check_mask, attention, attention_weights, causal_attention,
     merge_heads, split_heads,
@@ -112,6 +113,9 @@ def causal_feature_attention(
     sums, _ = causal_sums(q, k[..., past:, :], v[..., past:, :], state, chunk)
     return _divide(sums)
 
+
+feature_attention.looks_back, causal_feature_attention.looks_back = None, math.inf
+
 # %% notebooks/11_linear_attention.ipynb
 class Featured(nn.Module):
     """An attend module: average(features(q), features(k), v).
@@ -123,6 +127,11 @@ class Featured(nn.Module):
     def __init__(self, features: Callable, average: Callable = feature_attention):
         super().__init__()
         self.features, self.average = features, average
+
+    @property
+    def looks_back(self) -> float | None:
+        """As many earlier keys as `average` needs."""
+        return looks_back(self.average)
 
     def forward(
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"],

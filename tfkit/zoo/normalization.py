@@ -617,7 +617,7 @@ class SubNormAttention(MultiHeadAttention):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
-        return self.to_out(self.inner(merge_heads(self.attend(q, k, v, mask=mask))))
+        return self.to_out(self.inner(merge_heads(self.read(q, k, v, mask=mask))))
 
 # %% notebooks/05_normalization.ipynb
 class SubNormFeedForward(FeedForward):

@@ -342,6 +342,9 @@ def causal_weights(
     return attention_weights(q, k, allowed if mask is None else mask & allowed, bias,
                              scale)
 
+
+causal_weights.looks_back = math.inf
+
 # %% notebooks/03_positions.ipynb
 def shaw_weights(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"], keys: Float[Tensor, "r e"],

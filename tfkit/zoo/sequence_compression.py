@@ -52,7 +52,7 @@ class SizedAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
         bias = None if size is None else size.log()[:, None, None, :]  # (b, 1, 1, n)
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask, bias=bias)))
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask, bias=bias)))
 
 # %% notebooks/16_sequence_compression.ipynb
 def next_byte_entropy(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

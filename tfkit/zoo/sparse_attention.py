@@ -159,6 +159,7 @@ class CausalWindow(nn.Module):
         if window < 1:
             raise ValueError(f"a window holds at least the token itself, got {window}")
         self.window, self.rule = window, causal_window_rule(window)
+        self.looks_back = window - 1                   # so many keys `remember` keeps
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None

@@ -5,15 +5,14 @@
 # %% notebooks/02_transformer.ipynb
 __all__ = ['examples', 'sinusoidal_positions', 'SinusoidalPositions', 'LearnedPositions', 'NoPositions', 'TokenEmbedding',
            'FeedForward', 'PreNorm', 'PostNorm', 'Block', 'Stack', 'LanguageModel', 'language_model', 'gpt2',
-           'next_token_probabilities', 'greedy', 'sampler', 'Remembering', 'remember', 'generate', 'DecoderBlock',
-           'EncoderDecoder', 'encoder_decoder', 'transformer_encoder', 'translate', 'parallel_convolutions',
-           'segment_max', 'shrink_padding', 'Highway', 'CharacterFrontEnd', 'GatedConvolution', 'Recurrence',
-           'in_float32', 'fourier_mix', 'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders', 'multi_encoder',
+           'next_token_probabilities', 'greedy', 'sampler', 'generate', 'DecoderBlock', 'EncoderDecoder',
+           'encoder_decoder', 'transformer_encoder', 'translate', 'parallel_convolutions', 'segment_max',
+           'shrink_padding', 'Highway', 'CharacterFrontEnd', 'GatedConvolution', 'Recurrence', 'in_float32',
+           'fourier_mix', 'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders', 'multi_encoder',
            'InceptionTokens', 'InceptiveHead']
 
 # %% notebooks/02_transformer.ipynb
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial, wraps
 
 import torch
@@ -27,6 +26,7 @@ from tfkit.zoo.attention import (
     causal_attention,
     padding_mask,
 )
+from ..past import one_pass, remember
 
 # %% notebooks/02_transformer.ipynb
 def sinusoidal_positions(
@@ -319,42 +319,6 @@ def sampler(
     return draw
 
 # %% notebooks/02_transformer.ipynb
-class Remembering(nn.Module):
-    """An attend function that puts earlier keys and values before the new ones."""
-
-    def __init__(self, attend):
-        super().__init__()
-        self.attend, self.k, self.v = attend, None, None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **given) -> Tensor:
-        # (b, h, so far, e)
-        self.k = k if self.k is None else torch.cat([self.k, k], -2)
-        self.v = v if self.v is None else torch.cat([self.v, v], -2)
-        return self.attend(q, self.k, self.v, **given)
-
-# %% notebooks/02_transformer.ipynb
-@contextmanager
-def remember(model: nn.Module):
-    """Inside, each `MultiHeadAttention` of the model keeps its keys and values.
-
-    Feed a text in pieces, each with its `start`: the outputs are those of the whole
-    text at once. On leaving, all is forgotten.
-    """
-    layers = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
-    attends = [layer.attend for layer in layers]
-    _set_attends(layers, [Remembering(attend) for attend in attends])
-    try:
-        yield model
-    finally:
-        _set_attends(layers, attends)
-
-
-def _set_attends(layers, attends) -> None:
-    for layer, attend in zip(layers, attends, strict=True):
-        del layer.attend  # a module's slot has to be emptied before a function fits in
-        layer.attend = attend
-
-# %% notebooks/02_transformer.ipynb
 @torch.no_grad()
 def generate(
     model: LanguageModel, prompt: Int[Tensor, "b n"], steps: int,
@@ -417,6 +381,8 @@ class EncoderDecoder(nn.Module):
     Source: "Attention Is All You Need", 2017.
     """
 
+    reads_whole = ("embed_source", "encoder")          # `remember` leaves them alone
+
     def __init__(
         self, embed_source: nn.Module, encoder: nn.Module, embed_target: nn.Module,
         decoder: nn.Module, head: nn.Module
@@ -437,9 +403,10 @@ class EncoderDecoder(nn.Module):
         real: Bool[Tensor, "b m"] | None = None, start: int = 0
     ) -> Float[Tensor, "b n v"]:
         mask = None if real is None else padding_mask(real)
-        return self.head(
-            self.decoder(self.embed_target(target, start), memory, mask=mask)
-        )
+        with one_pass(self):
+            return self.head(
+                self.decoder(self.embed_target(target, start), memory, mask=mask)
+            )
 
     def forward(
         self, source: Tensor, target: Int[Tensor, "b n"],
