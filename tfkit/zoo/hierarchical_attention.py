@@ -138,7 +138,8 @@ def mra_attention(
     rows, columns = chosen // many, chosen % many
     fine = _exact_blocks(q, k, real, rows, columns, block)         # (b, h, R, w, w)
     low = low.flatten(2).scatter(2, chosen, -torch.inf).unflatten(2, (many, many))
-    low_top = low.detach().amax(-1, keepdim=True).clamp(min=-1e30)
+    far = torch.finfo(low.dtype)                                   # for rows of -inf
+    low_top = low.detach().amax(-1, keepdim=True).clamp(min=far.min / 2)
     top = _row_peaks(fine.detach(), low_top, rows)                 # (b, h, N, w, 1)
     mean, count = block_mean(v, real, block)
     coarse = (low - low_top).exp() * count.mT                      # (b, h, N, N)
@@ -148,7 +149,7 @@ def mra_attention(
     norm = _add_rows(fine.sum(-1, keepdim=True), rows, many)
     out = out + scale * (coarse @ mean).unsqueeze(3)
     norm = norm + scale * coarse.sum(-1)[..., None, None]
-    return (out / norm.clamp(min=1e-30)).flatten(2, 3)             # (b, h, n, c)
+    return (out / norm.clamp(min=far.tiny)).flatten(2, 3)          # (b, h, n, c)
 
 # %% notebooks/13_hierarchical_attention.ipynb
 def global_summary(
@@ -161,7 +162,8 @@ def global_summary(
     Network for Efficient Token Mixing in Long Sequences", 2021.
     """
     real = real_tokens(mask, q.shape[2], q.device).to(q)[:, None, :, None]
-    mean = (q * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+    count = real.sum(2, keepdim=True).clamp(min=1)         # a text may be all padding
+    mean = (q * real).sum(2, keepdim=True) / count
     return attention(mean, k, k, mask)
 
 # %% notebooks/13_hierarchical_attention.ipynb
@@ -282,16 +284,17 @@ def merge_levels(
     return result
 
 # %% notebooks/13_hierarchical_attention.ipynb
-def look_near(layer: nn.Module, grid: Tensor, real: Tensor) -> Tensor:
+def look_near(layer: nn.Module, grid: Tensor, real: Tensor | None) -> Tensor:
     """layer.near(layer.norm(.)) in windows of a grid (b, d, ...), real keys only.
+
+    real (b, 1, ...) is True at real tokens; None when all are.
 
     Source: "Linear Attention with Global Context: A Multipole Attention Mechanism for
     Vision and Physics", 2025.
     """
     window, size = layer.window, grid.shape[2:]
-    mask = to_windows(real.expand(len(grid), 1, *size), window).mT.unsqueeze(1)
-    mixed = layer.near(layer.norm(to_windows(grid, window)),
-                       None if real.all() else mask)
+    mask = None if real is None else to_windows(real, window).mT.unsqueeze(1)
+    mixed = layer.near(layer.norm(to_windows(grid, window)), mask)
     return from_windows(mixed, window, size)
 
 
@@ -341,10 +344,13 @@ class MultipoleAttention(nn.Module):
                 f"{self.levels} levels of windows of {self.window}"
             )
         grid, outputs = x.mT.unflatten(2, size), []                # (b, d, H, W)
-        real = real_tokens(mask, x.shape[1], x.device).unflatten(1, size).unsqueeze(1)
+        real = None if mask is None else real_tokens(mask, x.shape[1])
+        if real is not None:
+            real = real.unflatten(1, size).unsqueeze(1)            # (b, 1, H, W)
         for level in range(self.levels):
             if level:
-                grid, real = self.down(grid * real), _any_of_two(real)
+                grid = self.down(grid if real is None else grid * real)
+                real = None if real is None else _any_of_two(real)
             outputs.append(look_near(self, grid, real))
         return merge_levels(outputs, self.up).flatten(2).mT
 

@@ -28,21 +28,29 @@ from tfkit.zoo.attention import (
 )
 from tfkit.zoo.transformer import (
     FeedForward, LanguageModel, LearnedPositions, SinusoidalPositions,
-    TokenEmbedding, language_model,
+    TokenEmbedding, in_float32, language_model,
 )
 
 # %% notebooks/10_sparse_attention.ipynb
 Rule = Callable[[Tensor, Tensor], Tensor]
 
 
+def _within(radius: int, i: Tensor, j: Tensor) -> Tensor:
+    return (i - j).abs() <= radius
+
+
 def window_rule(radius: int) -> Rule:
     """Allows |i - j| <= radius. Source: "Longformer", 2020."""
-    return lambda i, j: (i - j).abs() <= radius
+    return partial(_within, radius)
+
+
+def _recent(window: int, i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (i - j < window)
 
 
 def causal_window_rule(window: int) -> Rule:
     """Allows a token itself and the window - 1 before it."""
-    return lambda i, j: (j <= i) & (i - j < window)
+    return partial(_recent, window)
 
 
 def pattern(rule: Rule, n: int) -> Bool[Tensor, "n n"]:
@@ -51,19 +59,31 @@ def pattern(rule: Rule, n: int) -> Bool[Tensor, "n n"]:
     return rule(place[:, None], place)
 
 # %% notebooks/10_sparse_attention.ipynb
+def _dilated(radius: int, step: int, i: Tensor, j: Tensor) -> Tensor:
+    return _within(radius * step, i, j) & ((i - j) % step == 0)
+
+
 def dilated_rule(radius: int, step: int) -> Rule:
     """Allows every step-th token, radius on each side. Source: Longformer, 2020."""
-    return lambda i, j: ((i - j).abs() <= radius * step) & ((i - j) % step == 0)
+    return partial(_dilated, radius, step)
+
+
+def _one_global(first: int, i: Tensor, j: Tensor) -> Tensor:
+    return (i < first) | (j < first)
 
 
 def global_rule(first: int) -> Rule:
     """Allows every pair with one of the first tokens. Source: Longformer, 2020."""
-    return lambda i, j: (i < first) | (j < first)
+    return partial(_one_global, first)
+
+
+def _any_rule(one: Rule, other: Rule, i: Tensor, j: Tensor) -> Tensor:
+    return one(i, j) | other(i, j)
 
 
 def either(one: Rule, other: Rule) -> Rule:
     """Allows what at least one of two rules allows."""
-    return lambda i, j: one(i, j) | other(i, j)
+    return partial(_any_rule, one, other)
 
 # %% notebooks/10_sparse_attention.ipynb
 def neighbor_blocks(count: int, before: int, after: int) -> Int[Tensor, "g r"]:
@@ -207,6 +227,10 @@ class Dilated(nn.Module):
         return t.transpose(2, 3).flatten(1, 2)
 
 # %% notebooks/10_sparse_attention.ipynb
+def _global_key(first: int, i: Tensor, j: Tensor) -> Tensor:
+    return j < first
+
+
 class Window(nn.Module):
     """An attend function: tokens within radius on either side, and the first ones.
 
@@ -220,7 +244,7 @@ class Window(nn.Module):
         if radius < 1 or first < 0:
             raise ValueError(f"need radius >= 1 and first >= 0, got {radius}, {first}")
         self.radius, self.first = radius, first
-        self.rule = either(window_rule(radius), lambda i, j: j < first)
+        self.rule = either(window_rule(radius), partial(_global_key, first))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
@@ -403,8 +427,9 @@ class GridPositions(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         place = torch.arange(start, start + x.shape[1], device=x.device)
         row, column = place // len(self.column), place % len(self.column)
-        if len(place) and row[-1] >= len(self.row):
-            raise ValueError(f"row {row[-1] + 1} is asked for, of {len(self.row)}")
+        asked = -(-(start + x.shape[1]) // len(self.column))       # rows, rounded up
+        if asked > len(self.row):
+            raise ValueError(f"row {asked} is asked for, of {len(self.row)}")
         return x + self.row[row] + self.column[column]
 
 # %% notebooks/10_sparse_attention.ipynb
@@ -562,7 +587,7 @@ class Chunks:
     def __init__(self, buckets: Int[Tensor, "b h r n"], size: int):
         self.n, self.size, rest = buckets.shape[-1], size, -buckets.shape[-1] % size
         self.count = (self.n + rest) // size
-        last = int(buckets.max()) + 1
+        last = 2**30                                               # behind all others
         padded = F.pad(buckets, (0, rest), value=last)
         self.order = padded.argsort(dim=-1, stable=True)
         place = torch.arange(self.n + rest, device=buckets.device)
@@ -654,8 +679,10 @@ def lsh_attention(
     q = chunks.sort(qk)                                            # (b, h, r, g, s, e)
     keys = chunks.with_previous(F.normalize(q, dim=-1))
     scores = (q * math.log2(math.e)) @ keys.transpose(-2, -1)      # (..., g, s, 2 s)
-    scores.add_(~allowed, alpha=-1e30)
-    scores.diagonal(scores.shape[-1] - chunk, -2, -1).fill_(-1e5)  # oneself
+    lowest = torch.finfo(scores.dtype).min                         # -65504 in float16
+    scores.add_(~allowed, alpha=lowest / 2)
+    oneself = scores.diagonal(scores.shape[-1] - chunk, -2, -1)
+    oneself.fill_(max(-1e5, lowest / 4))                           # a last resort
     peak = scores.detach().amax(-1, keepdim=True)
     weights = scores.sub_(peak).exp2_()
     total = weights.sum(-1, keepdim=True)
@@ -865,6 +892,7 @@ def neighbor_attention(
     return out.unflatten(0, q.shape[:3])                           # (b, h, n, c)
 
 # %% notebooks/10_sparse_attention.ipynb
+@in_float32
 def projected_neighbors(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h m e"], count: int,
     directions: int = 7, seed: int = 0, slack: float = 3.0,
@@ -882,7 +910,7 @@ def projected_neighbors(
     if count < 1 or slack < 0:
         raise ValueError(f"need count >= 1 and slack >= 0, got {count} and {slack}")
     g = torch.Generator().manual_seed(seed)
-    u = torch.randn(k.shape[-1] + 1, directions, generator=g)
+    u = torch.randn(k.shape[-1] + 1, directions, generator=g, dtype=torch.float32)
     with torch.no_grad():
         points, asked = lift_keys(k) @ u.to(k), lift_queries(q) @ u.to(q)
     points, asked = (t.double().cpu().flatten(0, 1).numpy() for t in (points, asked))

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from .attention import MultiHeadAttention
 from tfkit.zoo.transformer import (
     Block, FeedForward, FourierMixing, LearnedPositions, PostNorm, PreNorm, Stack,
-    _real_tokens,
+    _real_tokens, in_float32,
 )
 
 # %% notebooks/12_spectral_mixing.ipynb
+@in_float32
 def dct(x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     """Orthonormal cosine transform (DCT-II) of the last dimension, by one FFT.
 
@@ -41,6 +42,7 @@ def dct(x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     return torch.cat([y[..., :1] * 0.5**0.5, y[..., 1:]], -1)
 
 
+@in_float32
 def idct(y: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     """The inverse of `dct`: x_j = sum_k c_k y_k cos(pi k (2 j + 1) / (2 n))."""
     n = y.shape[-1]
@@ -360,6 +362,7 @@ def wavelet_attention(
     return WaveletSpace(mixers, wavelet)
 
 # %% notebooks/12_spectral_mixing.ipynb
+@in_float32
 def spectral_gate(
     x: Float[Tensor, "b H W d"], weight: Complex[Tensor, "H F d"]
 ) -> Float[Tensor, "b H W d"]:
@@ -390,7 +393,13 @@ class SpectralGate(nn.Module):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
         x = _as_image(x * _real_tokens(x, mask)[..., None], self.size)
-        return spectral_gate(x, torch.view_as_complex(self.weight)).flatten(1, 2)
+        return spectral_gate(x, _as_complex(self.weight)).flatten(1, 2)
+
+
+def _as_complex(parts: Tensor) -> Tensor:
+    """Pairs (..., 2) as complex numbers, which 16 bits do not have."""
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    return torch.view_as_complex(parts.to(wide))
 
 
 def _as_image(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -502,6 +511,7 @@ def _to_squares(z: Tensor, w: Tensor) -> Tensor:
     return torch.stack([upper, lower], -2).flatten(-3, -2)
 
 
+@in_float32
 def dtcwt(
     x: Float[Tensor, "b c H W"],
 ) -> tuple[Float[Tensor, "b c H W"], Complex[Tensor, "b c 6 h w"]]:
@@ -522,6 +532,7 @@ def dtcwt(
     return low, torch.stack(six, 2)
 
 
+@in_float32
 def inverse_dtcwt(
     low: Float[Tensor, "b c H W"], high: Complex[Tensor, "b c 6 h w"]
 ) -> Float[Tensor, "b c H W"]:
@@ -533,6 +544,7 @@ def inverse_dtcwt(
     return down.T @ (torch.cat([upper, lower], -2) @ across)
 
 # %% notebooks/12_spectral_mixing.ipynb
+@in_float32
 def scattering(
     x: Float[Tensor, "b c H W"], window: int = 4
 ) -> Float[Tensor, "b c 7 h w"]:
@@ -565,7 +577,7 @@ class ComplexMLP(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, groups, size, 2))
 
     def forward(self, z: Complex[Tensor, "*b g c"]) -> Complex[Tensor, "*b g c"]:
-        weight, bias = (torch.view_as_complex(p) for p in (self.weight, self.bias))
+        weight, bias = (_as_complex(p) for p in (self.weight, self.bias))
         z = torch.einsum("...gi,gij->...gj", z, weight[0]) + bias[0]
         z = torch.complex(z.real.relu(), z.imag.relu())
         return torch.einsum("...gi,gij->...gj", z, weight[1]) + bias[1]
@@ -683,8 +695,9 @@ class DynamicSpectrumMixer(nn.Module):
         super().__init__()
         self.size, self.generate = (height, columns), generate
         band = frequency_bands(height, columns, bands)
-        member = F.one_hot(band.flatten(), bands).float()          # (n, k)
+        member = F.one_hot(band.flatten(), bands).to(torch.get_default_dtype())
         self.register_buffer("band", band, persistent=False)
+        # (n, k): columns that take means over a band
         self.register_buffer("member", member / member.sum(0), persistent=False)
 
     def weights(self, spectrum: Float[Tensor, "b d H W"]) -> Float[Tensor, "b d k"]:
