@@ -137,7 +137,8 @@ def _cells(name: str, test: bool) -> Float[Tensor, "cells 4"]:
 def _views(name: str, count: int, test: bool, rng: torch.Generator) -> Float[Tensor, "count 3 64 64"]:
     """Random views into one part of a picture, 40 to 64 pixels wide, mirrored and turned.
 
-    The angle is a multiple of 90 degrees and up to 15 more. A view lies inside one cell, with a pixel to spare for the interpolation.
+    The angle is a multiple of 90 degrees and up to 15 more. A view lies inside one cell, with a pixel to spare for
+    the interpolation.
     """
     cells = _cells(name, test)
     cells = cells[torch.randint(len(cells), (count,), generator=rng)]
@@ -151,11 +152,13 @@ def _views(name: str, count: int, test: bool, rng: torch.Generator) -> Float[Ten
     angle = angle + torch.pi / 2 * torch.randint(4, (count,), generator=rng)
     mirror = torch.randint(2, (count,), generator=rng) * 2 - 1
     H, W = _pixels(name).shape[1:]
-    cos, sin = angle.cos() * side, angle.sin() * side
-    theta = torch.stack([mirror * cos / W, -sin / W, 2 * x / W - 1, mirror * sin / H, cos / H, 2 * y / H - 1], 1)
-    grid = F.affine_grid(theta.view(count, 2, 3), [count, 1, FIELD, FIELD], align_corners=False)
-    source = picture(name).expand(count, -1, -1, -1)
-    return F.grid_sample(source, grid, align_corners=False).expand(-1, 3, -1, -1)
+    cos, sin = (angle.cos() * side).view(-1, 1, 1), (angle.sin() * side).view(-1, 1, 1)
+    across = (torch.arange(FIELD) + 0.5) / FIELD - 0.5  # from the middle of the view, in its sides
+    u, v = mirror.view(-1, 1, 1) * across, across.view(-1, 1)
+    columns, rows = x.view(-1, 1, 1) + u * cos - v * sin, y.view(-1, 1, 1) + u * sin + v * cos  # (b, 64, 64), pixels
+    grid = torch.stack([2 * columns / W - 1, 2 * rows / H - 1], -1)  # as grid_sample counts
+    tall = F.grid_sample(picture(name)[None], grid.view(1, -1, FIELD, 2), align_corners=False)[0]  # (c, b 64, 64)
+    return tall.unflatten(1, (count, FIELD)).transpose(0, 1).expand(-1, 3, -1, -1)
 
 
 def color_jitter(x: Float[Tensor, "b 3 H W"], seed: int = 0, strength: float = 1.0) -> Float[Tensor, "b 3 H W"]:
@@ -227,7 +230,7 @@ def crops(count: int = 2000, test: int = 500, size: int = 32, jitter: float = 1.
         if rest:
             raise ValueError(f"count and test must be multiples of {len(CROPS)}, the classes; got {count} and {test}")
         views = (_views(name, each + -(-each // 2), held_out, rng) for name in CROPS.values())
-        x = torch.cat([_shrink(v[v.mean(1).flatten(1).std(1).topk(each).indices], size) for v in views])
+        x = torch.cat([_shrink(v[v[..., ::4, ::4].mean(1).flatten(1).std(1).topk(each).indices], size) for v in views])
         y = torch.arange(len(CROPS)).repeat_interleave(each)
         order = torch.randperm(total, generator=rng)
         parts += [color_jitter(x, seed + held_out, jitter)[order], y[order]]
