@@ -9,3 +9,4 @@ from tfkit.data.images import *
 from tfkit.data.series import *
 from tfkit.data.tasks import *
 from tfkit.data.text import *
+from tfkit.data.tokens import *

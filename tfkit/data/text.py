@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tfkit.data._base import generator, share
+from tfkit.data.tokens import BytePair
 
 __all__ = ["CHARACTERS", "Bytes", "Characters", "Corpus", "corpus", "text", "windows"]
 
@@ -95,10 +96,12 @@ class Corpus(NamedTuple):
 
     train: Int[Tensor, "n"]
     validation: Int[Tensor, "m"]
-    vocabulary: Characters | Bytes
+    vocabulary: Characters | Bytes | BytePair
 
 
-def corpus(kind: str = "english", validation: float = 0.1, vocabulary: Characters | Bytes | None = None) -> Corpus:
+def corpus(
+    kind: str = "english", validation: float = 0.1, vocabulary: Characters | Bytes | BytePair | None = None
+) -> Corpus:
     """A text as token ids, cut once: the last share is for validation and never overlaps the training part."""
     share(validation=validation)
     vocabulary = Characters() if vocabulary is None else vocabulary
