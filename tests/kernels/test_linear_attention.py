@@ -65,7 +65,7 @@ def test_the_final_state_and_the_gradient_of_both(device, place):
 
 
 def test_only_the_state_is_used(device):
-    q, k, v = (x.requires_grad_() for x in make(device, 40, 5, 6))
+    q, k, v = (x.double().requires_grad_() for x in make(device, 40, 5, 6))
     state = linear_attention(q, k, v, return_state=True)[1]
     dq, dk, dv = torch.autograd.grad(state.square().sum(), (q, k, v))
     assert not dq.any()
