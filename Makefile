@@ -1,6 +1,6 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-portable test-browser export run assignment book lint bench arena readme clean
+.PHONY: help setup lab test test-portable test-browser export run check times reseed assignment book lint bench arena readme clean
 PYTHON ?=
 BIN := .venv/bin
 # One thread per test worker: there are as many workers as cores, and results do not depend on the split.
@@ -22,7 +22,7 @@ lab: setup  ## set up .venv and open the course in JupyterLab
 test: setup  ## set up .venv, run all tests and every notebook
 	@$(TESTENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
-test-portable: setup  ## run the notebooks under other instruction sets and thread counts
+test-portable: setup  ## run kernel tests, zoo tests and notebooks as on other processors
 	@$(BIN)/python -m tfkit.authoring portable
 
 test-browser: setup  ## drive JupyterLab in headless Chromium
@@ -33,6 +33,15 @@ export: setup  ## write tfkit/zoo from the notebooks
 
 run: setup  ## export one notebook, run it and store its outputs: make run NB=11
 	@$(BIN)/python -m tfkit.authoring run $(NB)
+
+check: setup  ## export, tests, house rules and notebook of one chapter, one line per finding: make check NB=11
+	@$(BIN)/python -m tfkit.authoring check $(NB)
+
+times: setup  ## measure the processor time of all chapters, or of one: make times NB=11
+	@$(BIN)/python -m tfkit.authoring times $(NB)
+
+reseed: setup  ## which claims of a chapter fail when every seed is another one: make reseed NB=03 SEEDS=5
+	@$(BIN)/python -m tfkit.authoring reseed $(NB) --seeds $(or $(SEEDS),5)
 
 assignment: setup  ## a chapter as coursework for nbgrader, with and without solutions: make assignment NB=01
 	@$(BIN)/python -m tfkit.authoring assignment $(NB)

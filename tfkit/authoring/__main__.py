@@ -1,6 +1,14 @@
 """Commands for people who write chapters and give courses.
 
-python -m tfkit.authoring export | run 11 | readme | portable | assignment 01 | book
+export [11]            write tfkit/zoo from the notebooks
+run 11                 export, execute and store a notebook
+check 11               everything that concerns one chapter, one line per finding
+times [11]             the processor time of chapters, into notebooks/results/times.csv
+reseed 11 --seeds 5    which claims fail when every seed is another one, into notebooks/results/reseed.csv
+portable [PATH]        kernel tests, zoo tests and notebooks as on other processors
+readme                 the generated tables
+assignment 01          a chapter as coursework
+book                   the web site
 """
 
 from __future__ import annotations
@@ -12,58 +20,110 @@ from pathlib import Path
 from tfkit.authoring.files import NOTEBOOKS, ROOT, find
 
 
-def chosen(chapters: list[str], command: str) -> list[Path]:
-    return [find(chapter) for chapter in chapters or sys.exit(f"which chapter? make {command} NB=11")]
+def chosen(given: argparse.Namespace) -> list[Path]:
+    """The notebooks that were named; SystemExit when none was."""
+    return [find(name) for name in given.names or sys.exit(f"which chapter? make {given.command} NB=11")]
+
+
+def chosen_or_all(given: argparse.Namespace) -> list[Path]:
+    return [find(name) for name in given.names] or sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def export(given) -> None:
+    from tfkit.authoring import notebooks
+
+    for path in chosen_or_all(given):
+        notebooks.tidy(path)
+        notebooks.export(path)
+
+
+def run(given) -> None:
+    from nbclient.exceptions import CellExecutionError
+
+    from tfkit.authoring import notebooks
+
+    for path in chosen(given):
+        try:
+            print(notebooks.run(path))
+        except CellExecutionError as error:
+            sys.exit(f"{path.name} stops:\n{error}")
+
+
+def check(given) -> None:
+    from tfkit.authoring import checking
+
+    found = 0
+    for path in chosen(given):
+        lines = checking.check(path)
+        found += len(lines)
+        print(*lines, f"{path.stem}: {len(lines) or 'no'} finding{'s' * (len(lines) != 1)}", sep="\n")
+    sys.exit(bool(found))
+
+
+def times(given) -> None:
+    from tfkit.authoring import checking
+
+    for path in chosen_or_all(given):
+        spent = checking.measure(path)
+        checking.record({path.stem: spent})
+        print(path.stem, *(f"{step} {seconds:.0f} s" for step, seconds in spent.items()), flush=True)
+
+
+def reseed(given) -> None:
+    from tfkit.authoring import reseeding
+
+    weak = 0
+    for path in chosen(given):
+        claims, stopped = reseeding.reseed(path, given.seeds)
+        reseeding.record(claims)
+        failing = [claim for claim in claims if claim.held < claim.seeds]
+        weak += len(failing) + len(stopped)
+        print(*failing, *stopped, sep="\n")
+        print(f"{path.stem}: {len(claims) - len(failing)} of {len(claims)} claims hold under all {given.seeds} seeds")
+    sys.exit(bool(weak))
+
+
+def portable(given) -> None:
+    from tfkit.authoring.portable import portable
+
+    portable(given.names)
+
+
+def readme(given) -> None:
+    from tfkit.authoring import tables
+
+    tables.write_tables()
+
+
+def assignment(given) -> None:
+    from tfkit.authoring import coursework
+
+    for path in chosen(given):
+        for written in coursework.assignment(path):
+            print(written.relative_to(ROOT))
+
+
+def book(given) -> None:
+    from tfkit.authoring.book import build
+
+    print(f"open {build(ROOT / 'build' / 'book') / 'index.html'}")
+
+
+COMMANDS = {f.__name__: f for f in (export, run, check, times, reseed, portable, readme, assignment, book)}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tfkit.authoring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["export", "run", "readme", "portable", "assignment", "book"])
-    parser.add_argument("chapters", nargs="*", help="chapter numbers or names; for `portable` the tests to run")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("names", nargs="*", help="chapter numbers or names; for `portable` the tests to run")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds `reseed` tries")
     given = parser.parse_args(arguments)
     try:
-        carry_out(given.command, given.chapters)
-    except OSError as error:
+        COMMANDS[given.command](given)
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{given.command} stopped, and what was stored is as it was: {error}")
-
-
-def carry_out(command: str, chapters: list[str]) -> None:
-    if command == "export":
-        from tfkit.authoring.notebooks import export, tidy
-
-        for path in [find(c) for c in chapters] or sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-            tidy(path)
-            export(path)
-    elif command == "run":
-        from nbclient.exceptions import CellExecutionError
-
-        from tfkit.authoring.notebooks import run
-
-        for path in chosen(chapters, "run"):
-            try:
-                print(run(path))
-            except CellExecutionError as error:
-                sys.exit(f"{path.name} stops:\n{error}")
-    elif command == "readme":
-        from tfkit.authoring.tables import write_tables
-
-        write_tables()
-    elif command == "assignment":
-        from tfkit.authoring.coursework import assignment
-
-        for path in chosen(chapters, "assignment"):
-            for written in assignment(path):
-                print(written.relative_to(ROOT))
-    elif command == "book":
-        from tfkit.authoring.book import build
-
-        print(f"open {build(ROOT / 'build' / 'book') / 'index.html'}")
-    else:
-        from tfkit.authoring.portable import portable
-
-        portable(chapters)
 
 
 if __name__ == "__main__":
