@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -202,3 +203,25 @@ def rows_done(chapter: Chapter) -> Iterator[str]:
         missing += [] if named else [f"a test in tests/zoo/{chapter.tests.name}"]
         if missing:
             yield f"{row.id} lacks {', '.join(missing)}"
+
+
+@functools.cache
+def exports(root: Path) -> dict[str, list[str]]:
+    """Public name to the zoo modules that define it, in the order of the chapters; a module without one comes first."""
+    order = {path.stem[3:]: path.stem for path in notebooks(root)}
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / "tfkit" / "zoo").glob("*.py"), key=lambda path: order.get(path.stem, "")):
+        for name, _ in public(ast.parse(path.read_text(encoding="utf-8"))):
+            found.setdefault(name, []).append(path.stem)
+    return found
+
+
+@chapter_rule(
+    "import the earlier one where it is the same thing; where it is another thing, give it another name",
+    lambda root: (root / "tfkit/zoo/first.py").write_text("def f_introduction(x):\n    return x\n"),
+)
+def names_once(chapter: Chapter) -> Iterator[str]:
+    """A public name is defined by one module of the zoo."""
+    for name, modules in exports(chapter.root).items():
+        if chapter.topic in modules[1:]:
+            yield f"{name} is exported by tfkit.zoo.{modules[0]} too, which comes earlier"

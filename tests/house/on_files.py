@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from tests.house.rules import Chapter, add, chapter_rule, code_cell, notebook, prints, texts, where
+from tfkit.authoring.checking import read_times, record
 
 
 @chapter_rule(
@@ -137,3 +138,16 @@ def reasons_for_tags(chapter: Chapter) -> Iterator[str]:
             cell["metadata"].get("reason", "").split()
         ) < 3:
             yield f"{where(cell)} is exempt from comparison ({', '.join(ignoring) or 'NBVAL comment'}) without a reason"
+
+
+@chapter_rule(
+    "run `make times NB=<number>`; when it costs too much, train smaller, draw less, test on smaller shapes",
+    lambda root: record({"01_attention": {"notebook": 36, "tests": 10}}, root),
+)
+def budget(chapter: Chapter) -> Iterator[str]:
+    """Notebook and tests together cost at most 45 seconds of processor time; 35 are the aim."""
+    spent = read_times(chapter.root).get(chapter.name)
+    if spent is None:
+        yield "notebooks/results/times.csv has no row of this chapter"
+    elif sum(spent.values()) > 45:
+        yield f"notebook and tests take {spent['notebook']:g} + {spent['tests']:g} s; at most 45 s are allowed"

@@ -111,7 +111,20 @@ def no_circles(root: Path) -> Iterator[str]:
 @house_rule("import it inside the function that needs it", file("tfkit/__init__.py", "", "\nimport matplotlib\n"))
 def light_import(root: Path) -> Iterator[str]:
     """`import tfkit` loads none of the heavy packages."""
-    heavy = ("matplotlib", "pandas", "ipywidgets", "sklearn", "statsmodels", "scipy", "IPython", "transformers")
+    heavy = (
+        "matplotlib",
+        "pandas",
+        "ipywidgets",
+        "sklearn",
+        "statsmodels",
+        "scipy",
+        "IPython",
+        "transformers",
+        "skimage",
+        "networkx",
+        "babel",
+        "tokenizers",
+    )
     command = f"import sys; sys.path[:0] = [{str(root)!r}]; import tfkit; print(*(set({heavy}) & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=root

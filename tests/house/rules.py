@@ -51,6 +51,12 @@ class Chapter:
         return found
 
 
+@functools.cache
+def chapter(root: Path, path: Path) -> Chapter:
+    """The chapter, read once."""
+    return Chapter(root, path)
+
+
 def notebooks(root: Path) -> list[Path]:
     return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
 

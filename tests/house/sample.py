@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 
 from tests.house.rules import code_cell, prints
+from tfkit.authoring.checking import record
 from tfkit.authoring.notebooks import module_text
 from tfkit.authoring.tables import END, START, table, with_table
 from tfkit.papers import papers
+
+PROSE = "Prose. " + "The next lines do one thing, and these words say why. " * 2
+QUESTION = "**Before you run this:** what do you expect?\n\n<details><summary>Answer</summary>It {}.</details>"
+EXERCISES = ("count on paper", "predict the shape", "write the mechanism", "change it")
 
 
 def sample_cells() -> list[dict]:
@@ -38,14 +43,16 @@ def sample_cells() -> list[dict]:
         "data": {"image/png": "", "text/plain": "Figure"},
         "metadata": {"image/png": {"alt": "a line that rises"}},
     }
-    code.append(("tfkit.show(fig, alt='a line that rises')", [picture]))
+    code.append(("tfkit.show(plots.Diagram().figure, alt='a line that rises')", [picture]))
     cells = [{"cell_type": "markdown", "id": f"m{i}", "source": text, "metadata": {}} for i, text in enumerate(words)]
     for count, (source, outputs) in enumerate(code, 1):
         cells.append(code_cell(source, *outputs, count=count))
-        cells.append({"cell_type": "markdown", "id": f"p{count}", "source": "Prose.", "metadata": {}})
+        cells.append({"cell_type": "markdown", "id": f"p{count}", "source": PROSE, "metadata": {}})
+    last = [QUESTION.format("rises"), QUESTION.format("falls"), "## Exercises"]
+    last += [f"### Exercise {number}: {title}\n\nDo it." for number, title in enumerate(EXERCISES, 1)]
     cells += [
-        {"cell_type": "markdown", "id": text, "source": f"## {text}", "metadata": {}}
-        for text in ("Exercises", "Summary")
+        {"cell_type": "markdown", "id": f"e{place}", "source": text, "metadata": {}}
+        for place, text in enumerate([*last, "## Summary"])
     ]
     return [*cells, code_cell("x = 1", count=len(code) + 1)]
 
@@ -73,4 +80,5 @@ def build(root: Path) -> Path:
         "README.md": with_table(f"{START}\n{END}\n", table, root / "notebooks"),
     }.items():
         (root / name).write_text(text, encoding="utf-8")
+    record({path.stem: {"notebook": 20, "tests": 9}}, root)
     return root
