@@ -3,6 +3,7 @@
 import math
 import random
 
+import joblib
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,23 @@ def test_long_range_arena_the_table_is_taken_up_where_it_stopped(tmp_path, monke
     path.write_text(path.read_text().replace("steps=250", "steps=7", 1))
     with pytest.raises(ValueError, match="steps=7"):
         arena.run_arena(path, ["linear"], ["cost"])
+
+
+def test_matches_give_the_same_wherever_they_are_played(tmp_path):
+    settings = arena.Settings(width=16, heads=2, size=8, depth=1, steps=6, batch=8)
+    names = ["linear", "plain attention"]
+    here = [row for name in names for row in arena._play(name, "image", 1, settings)]
+    threads = torch.get_num_threads()
+    for backend in ("loky", "multiprocessing"):  # the last hands its rows over at the end, as Ray does
+        path = tmp_path / f"{backend}.csv"
+        with joblib.parallel_config(backend=backend):
+            arena.run_arena(path, names, ["image"], [1], workers=2, settings=settings)
+        notes, rows = arena.read_table(path)
+        assert sorted(rows) == sorted(here) and notes["matches"] == str(settings)
+        assert torch.get_num_threads() == threads
+    played = path.read_text()
+    arena.run_arena(path, names, ["image"], [1], workers=2, settings=settings)  # nothing is left
+    assert path.read_text() == played
 
 
 def test_the_table_answers_questions():

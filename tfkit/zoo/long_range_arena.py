@@ -19,7 +19,6 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -668,7 +667,7 @@ LONG_MATCH = Settings(steps=2000, batch=32, lr=4e-3)       # for Pathfinder alon
 _task = cache(lambda label, seed: tasks[label](seed))
 
 
-def _machine() -> dict[str, str]:
+def _machine(settings: Settings) -> dict[str, str]:
     """What a table says of itself."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -676,12 +675,13 @@ def _machine() -> dict[str, str]:
     name = models[0] if models else platform.processor()
     return {"machine": f"{name}, {os.cpu_count()} cores, 1 thread per job",
             "torch": torch.__version__.split("+")[0],
-            "matches": str(Settings()), "Pathfinder": str(LONG_MATCH),
+            "matches": str(settings), "Pathfinder": str(LONG_MATCH),
             "costs": f"one text, {Plan(size=64)}, lengths {LENGTHS}"}
 
 # %% notebooks/17_long_range_arena.ipynb
-def _play(name: str, label: str, seed: int) -> list[Row]:
-    settings = LONG_MATCH if label == "Pathfinder" else Settings()
+def _play(name: str, label: str, seed: int, settings: Settings) -> list[Row]:
+    torch.set_num_threads(1)                               # in whatever process this is
+    settings = LONG_MATCH if label == "Pathfinder" else settings
     value = match(name, _task(label, seed), seed, settings)
     return [Row(name, "accuracy", label, seed, round(value, 4))]
 
@@ -700,31 +700,33 @@ def _price(name: str, repeats: int = 3, longest: float = 8.0, most: float = 4e9)
 # %% notebooks/17_long_range_arena.ipynb
 def run_arena(
     path: Path | str, names: Sequence[str] = (), labels: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1, 2), workers: int | None = None,
+    seeds: Sequence[int] = (0, 1, 2), workers: int = -1, settings: Settings = Settings(),
 ) -> None:
     """Play all matches that are missing in the table at path, then measure all costs.
 
     names and labels choose mixers and tasks, all by default; "cost" is a label too.
-    Rows are written as soon as they are known, so a run may be interrupted and taken
-    up. Raises ValueError for unknown names, or a table with other settings.
+    joblib spreads the matches over that many workers, all cores by default. On a
+    cluster, call it within joblib.parallel_config(backend="dask") or "ray". Rows are
+    written as soon as they are known (with Ray at the end), so a run may be interrupted
+    and taken up. Raises ValueError for unknown names, or a table with other settings.
     """
+    import joblib
+
     names, labels = names or [*mixers], labels or [*tasks, "cost"]
     if wrong := {*names} - {*mixers} | {*labels} - {*tasks, "cost"}:
         raise ValueError(f"no mixer or task {sorted(wrong)[0]!r}; there are "
                          f"{', '.join([*mixers, *tasks, 'cost'])}")
-    done = {row[:4] for row in _open_table(Path(path), _machine())}
+    done = {row[:4] for row in _open_table(Path(path), _machine(settings))}
     jobs = [(name, label, seed) for seed in seeds for label in labels for name in names
             if label != "cost" and (name, "accuracy", label, seed) not in done]
     left = [name for name in names if "cost" in labels
             and (name, "memory", str(LENGTHS[0]), 0) not in done]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ProcessPoolExecutor(
-        workers, mp_context=torch.multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads, initargs=(1,),
-    ) as pool:
-        for played in as_completed([pool.submit(_play, *job) for job in jobs]):
-            _write(Path(path), played.result())
+    early = joblib.parallel.get_active_backend()[0].supports_return_generator
+    pool = joblib.Parallel(workers, return_as="generator_unordered" if early else "list")
+    for rows in pool(joblib.delayed(_play)(*job, settings) for job in jobs):
+        _write(Path(path), rows)
     for name in left:
         _write(Path(path), _price(name))
     torch.set_num_threads(threads)
