@@ -1,7 +1,9 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-portable test-browser export run check times reseed assignment book lint bench arena readme clean
+.PHONY: help setup lab fresh test test-portable test-browser export run check times reseed assignment book lint bench arena readme clean
 PYTHON ?=
+# TORCH=cpu installs torch without CUDA (Linux); cu126, auto, ... as uv's --torch-backend takes them.
+TORCH ?=
 BIN := .venv/bin
 # One thread per test worker: there are as many workers as cores, and results do not depend on the split.
 TESTENV := TFKIT_STATIC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -14,10 +16,14 @@ help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup:
-	@PYTHON="$(PYTHON)" bash .ci/setup
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash .ci/setup
 
-lab: setup  ## set up .venv and open the course in JupyterLab
-	@$(BIN)/jupyter lab $(LAB_DEFAULTS) $(LAB_OPTIONS) notebooks/00_start_here.ipynb
+lab: setup  ## set up .venv and open your own copies of the chapters in JupyterLab
+	@$(BIN)/python -m tfkit.authoring lab
+	@$(BIN)/jupyter lab $(LAB_DEFAULTS) $(LAB_OPTIONS) my-notebooks/00_start_here.ipynb
+
+fresh: setup  ## start your copy of a chapter anew, keeping what you had beside it: make fresh NB=01
+	@$(BIN)/python -m tfkit.authoring fresh $(NB)
 
 test: setup  ## set up .venv, run all tests and every notebook
 	@$(TESTENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)

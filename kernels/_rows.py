@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._runtime import INTERPRET, empty, jit, tl, triton
+from ._runtime import INTERPRET, empty, jit, tl, triton
 
 TILE = 1 << 14 if INTERPRET else 1 << 11  # elements that a program takes at least, where rows are short
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from kernels._runtime import DEVICE, HAS_GPU, INTERPRET, guarded, triton
+from ._runtime import DEVICE, HAS_GPU, INTERPRET, guarded, triton
 
 FOLDER = Path(__file__).parent
 BANDWIDTH_BOUND = ("vector_add", "dropout", "softmax", "layer_norm", "rms_norm", "rotary", "swiglu", "cross_entropy")
@@ -70,7 +70,7 @@ def entries(chosen=()):
     found, modules = [], sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
     for name in modules:
         if name != Path(__file__).stem:
-            module = importlib.import_module(f"kernels.{name}")
+            module = importlib.import_module(f".{name}", __package__)
             found += [(name, entry) for entry in getattr(module, "benchmarks", list)()]
     known = {n for name, entry in found for n in (name, entry["name"])}
     if unknown := set(chosen) - known:

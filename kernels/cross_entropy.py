@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels._rows import as_rows
-from kernels._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
+from ._rows import as_rows
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
 
 
 def reference(logits, targets, ignore_index=-100):

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
 
 LOG2E = math.log2(math.e)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 ROUNDS = 7  # of Philox; Triton's default is 10, and 7 already pass every known statistical test at less arithmetic
 SLICES = 8  # elements that share one draw: a draw makes four words of 32 bits, and an element needs 16 bits

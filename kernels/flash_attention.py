@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

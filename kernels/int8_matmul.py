@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import (
+from ._runtime import (
     INTERPRET,
     accumulator,
     autotune,
@@ -18,7 +18,7 @@ from kernels._runtime import (
     tl,
     triton,
 )
-from kernels.matmul import IN_THE_INTERPRETER, configurations, fitting, tile_of, tuning_key
+from .matmul import IN_THE_INTERPRETER, configurations, fitting, tile_of, tuning_key
 
 
 def reference(x, weight_int8, scale):

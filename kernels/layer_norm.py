@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from kernels._rows import as_rows, check_shapes, load_sum, partial_sums, programs, scale, tile
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._rows import as_rows, check_shapes, load_sum, partial_sums, programs, scale, tile
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 LONGEST = 16384  # columns that the one-pass forward kernel holds in registers
 LONGEST_BACKWARD = 8192  # backward holds two rows and two sums of rows

@@ -18,7 +18,7 @@ Sources: "Transformers are RNNs", 2020; "Retentive Network: A Successor to Trans
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
 
 UNIT = 64 if INTERPRET else 256  # a segment's tokens are a multiple of this, which every CHUNK below divides
 PROGRAMS = 8 if INTERPRET else 4 * 132  # sequences are cut until about so many programs run

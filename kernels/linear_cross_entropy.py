@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import (
+from ._runtime import (
     INTERPRET,
     accumulator,
     autotune,
@@ -18,7 +18,7 @@ from kernels._runtime import (
     tl,
     triton,
 )
-from kernels.matmul import IN_THE_INTERPRETER, configurations, fitting, product, tile_of, tuning_key
+from .matmul import IN_THE_INTERPRETER, configurations, fitting, product, tile_of, tuning_key
 
 TOKENS, WORDS = (1024, 1024) if INTERPRET else (8192, 8192)  # the largest table that is ever stored
 BLOCK_WORDS = 128  # words in a tile of the forward kernel: each tile leaves one number for a token

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import (
+from ._runtime import (
     HAS_TRITON,
     INTERPRET,
     accumulator,

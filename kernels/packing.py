@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._runtime import FLOATS, autotune, check, config, empty, jit, tl, triton
+from ._runtime import FLOATS, autotune, check, config, empty, jit, tl, triton
 
 ANY = (*FLOATS, torch.int64, torch.int32, torch.uint8)
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 
 def reference(x, cos, sin, pairs=False):

@@ -13,7 +13,7 @@ State-space models, gated recurrences and moving averages are made of it. Source
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 
 def reference(decay, x, state=None, return_state=False):

@@ -14,8 +14,8 @@ Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
-from kernels.scan import compose, doubling
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
+from .scan import compose, doubling
 
 CHUNK = 8 if INTERPRET else 16  # tokens between two stored states; the interpreter scans element by element
 

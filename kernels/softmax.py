@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels._rows import as_rows, tile
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._rows import as_rows, tile
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 LONGEST = 32768  # columns that the one-pass forward kernel takes: 64 numbers in each thread of 16 warps
 LONGEST_BACKWARD = 16384  # the backward kernel holds two rows, the output and its gradient

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 
 def reference(gate, up):

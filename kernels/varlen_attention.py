@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
 
 LOG2E = math.log2(math.e)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
 

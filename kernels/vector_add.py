@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
 
 
 def reference(x, y):

@@ -15,6 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tfkit.papers import coverage
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -41,7 +43,7 @@ def normal(name: str) -> str:
 
 def asked() -> list[Requirement]:
     extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    return [r for r in map(Requirement, [*PROJECT["dependencies"], *extras]) if r.name != "tfkit"]
+    return [r for r in map(Requirement, [*PROJECT["dependencies"], *extras]) if r.name != PROJECT["name"]]
 
 
 @pytest.mark.parametrize("requirement", asked(), ids=lambda r: r.name)
@@ -132,7 +134,84 @@ def test_version_and_title_are_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert tfkit.__version__ == PROJECT["version"] == citation["version"]
     assert citation["license"] == PROJECT["license"] == "MIT"
+    assert [author["name"].lower() for author in citation["authors"]] == [a["name"] for a in PROJECT["authors"]]
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
+
+
+def test_a_total_that_is_written_down_is_the_table_s():
+    from tfkit.papers import papers
+
+    for name in ("README.md", "CITATION.cff", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for total in map(int, re.findall(r"\b(\d{2,}) papers\b", text)):
+            assert total == len(papers()), f"{name} speaks of {total} papers; tfkit/papers.csv has {len(papers())}"
+
+
+# --- importing
+
+
+def test_importing_tfkit_costs_next_to_nothing_beyond_torch():
+    program = """
+import sys, torch
+before = set(sys.modules)
+import tfkit
+dir(tfkit), dir(tfkit.zoo)
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("importlib")))
+"""
+    done = run(sys.executable, "-c", program, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) < 12, f"`import tfkit` loads {done.stdout}"
+
+
+def test_the_models_load_when_they_are_named():
+    import tfkit
+
+    assert {"attention", "transformer"} <= set(dir(tfkit.zoo)) and tfkit.zoo.attention.__name__ == "tfkit.zoo.attention"
+    with pytest.raises(AttributeError, match="'tfkit.zoo' has no attribute 'atention'; it has .*attention"):
+        _ = tfkit.zoo.atention
+
+
+def test_every_module_is_reached_by_its_name():
+    import tfkit
+
+    files = {path.stem for path in (ROOT / "tfkit").glob("[a-z]*.py")}
+    folders = {path.parent.name for path in (ROOT / "tfkit").glob("*/__init__.py")} - {"authoring"}
+    listed = set(tfkit._MODULES)
+    assert listed - {"kernels"} == files | folders, "list the modules of tfkit/ in tfkit/__init__.py, _MODULES"
+
+
+KERNELS = """
+import sys
+import tfkit.kernels.softmax
+from tfkit.kernels import rotary, softmax
+import kernels
+print(kernels.__file__, tfkit.kernels.__file__, rotary.__name__)
+try:
+    import tfkit.kernels.nothing
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+
+
+def test_in_the_checkout_the_kernels_have_one_copy_under_two_names():
+    program = KERNELS + "import kernels.softmax; print(kernels.softmax is softmax, tfkit.kernels is kernels)"
+    done = run(sys.executable, "-c", program, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    ours = ROOT / "kernels" / "__init__.py"
+    assert done.stdout.split() == [str(ours), str(ours), "kernels.rotary", "tfkit.kernels.nothing", "True", "True"]
+
+
+def test_beside_another_package_called_kernels_both_work(tmp_path):
+    """Hugging Face publishes one, and transformers imports it where it is there."""
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.write_text("", encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run(sys.executable, "-c", KERNELS, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    ours = ROOT / "kernels" / "__init__.py"
+    assert done.stdout.split() == [str(theirs), str(ours), "tfkit.kernels.rotary", "tfkit.kernels.nothing"]
 
 
 # --- the wheel
@@ -148,7 +227,7 @@ def installed(tmp_path_factory) -> Path:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("tfkit", "kernels"):
+    for name in ("tfkit", "kernels", "notebooks"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
     assert built.returncode == 0, built.stdout[-1500:] + built.stderr[-1500:]
@@ -171,15 +250,21 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(installed):
+def test_the_wheel_holds_one_package_and_all_of_it(installed):
+    """One name at the top: a second one, such as kernels, would overwrite another project's."""
     there = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert there == {"tfkit", "kernels"}, f"the wheel installs {sorted(there)}"
-    for name in ("tfkit", "kernels"):
-        files = {
-            path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.csv") for path in (ROOT / name).rglob(kind)
-        }
-        missing = {file for file in files if not (installed / file).exists()}
-        assert not missing, f"the wheel lacks {', '.join(sorted(missing))}"
+    assert there == {"tfkit"}, f"the wheel installs {sorted(there)}"
+    kinds = {
+        "tfkit": ("*.py", "*.csv", "py.typed", "static/*"),
+        "kernels": ("*.py",),
+        "notebooks": ("[0-9]*.ipynb", "README.md", "*.png", "results/*"),
+    }
+    for name, patterns in kinds.items():
+        home = installed / "tfkit" / ("" if name == "tfkit" else name)
+        files = {path.relative_to(ROOT / name) for kind in patterns for path in (ROOT / name).rglob(kind)}
+        files = {path for path in files if "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts}
+        missing = {path.as_posix() for path in files if not (home / path).exists()}
+        assert files and not missing, f"pyproject.toml ships no {', '.join(sorted(missing))} of {name}/"
 
 
 def test_the_wheel_works_outside_the_checkout(installed, tmp_path):
@@ -187,21 +272,30 @@ def test_the_wheel_works_outside_the_checkout(installed, tmp_path):
 import sys
 sys.path[:] = [p for p in sys.path if p and p != {str(ROOT)!r}]
 sys.path.insert(0, {str(installed)!r})
-import tfkit, tfkit.zoo, kernels, pkgutil, importlib
-from tfkit.papers import chapters, collect, lookup, papers
-for module in (tfkit, tfkit.zoo, kernels):
+import tfkit, tfkit.zoo, tfkit.kernels, pkgutil, importlib
+from tfkit.papers import chapters, collect, coverage, lookup, papers
+for module in (tfkit, tfkit.zoo, tfkit.kernels):
     assert module.__file__.startswith({str(installed)!r}), module.__file__
 for name in tfkit._MODULES:
     getattr(tfkit, name)
-for found in pkgutil.iter_modules(tfkit.zoo.__path__):
-    importlib.import_module("tfkit.zoo." + found.name)
+for folder in (tfkit.zoo, tfkit.kernels):
+    for found in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(folder.__name__ + "." + found.name)
 assert len(papers()) == len(collect()) > 300 and len(chapters()) > 50
+print(coverage())
 print(lookup("linformer"))
+from tfkit.__main__ import main
+assert main(["--notebooks", "course"]) == 0
 """
     # -E and -P keep the environment and the working folder out of sys.path
     done = run(sys.executable, "-E", "-P", "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Linformer")
+    count, title, *rest = done.stdout.splitlines()
+    assert count == str(coverage()), "the installed package and the checkout count other papers"
+    assert title.startswith("Linformer") and "begin with" in rest[-1]
+    copied = {path.name for path in (tmp_path / "course").glob("*.ipynb")}
+    assert copied == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert (tmp_path / "course" / "results" / "long_range_arena.csv").exists()
 
 
 # --- make and .ci/setup
@@ -224,14 +318,17 @@ def script(path: Path, text: str) -> Path:
 
 
 def setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
-    return run("bash", ".ci/setup", cwd=checkout, env={**os.environ, **environment})
+    """Set-up with the tools that every system has, and no uv but one in the folder tools."""
+    path = os.pathsep.join([str(checkout / "tools"), "/usr/bin", "/bin"])
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    return run("bash", ".ci/setup", cwd=checkout, env={**plain, "PATH": path, **environment})
 
 
 def test_a_wrong_python_gets_one_plain_sentence(checkout):
     old = script(checkout / "python3.9", '[ "$1" = --version ] && echo "Python 3.9.18" || exit 1')
     done = setup(checkout, PYTHON=str(old))
     assert done.returncode != 0 and not done.stdout
-    assert re.fullmatch(r"tfkit needs Python 3\.11, 3\.12 or 3\.13, and found Python 3\.9\.18\. .+\n", done.stderr)
+    assert re.fullmatch(r"tfkit needs Python 3\.11 .*3\.12 or 3\.13, and found Python 3\.9\.18\. .+\n", done.stderr)
     missing = setup(checkout, PYTHON="no-such-python")
     assert missing.returncode != 0 and missing.stderr.count("\n") == 1 and "no-such-python" in missing.stderr
     assert not (checkout / ".venv").exists()
@@ -255,15 +352,15 @@ def test_packages_are_installed_once(checkout):
     python = fake_python(checkout, "true")
     first = setup(checkout, PYTHON=python)
     assert first.returncode == 0, first.stderr
-    calls = (checkout / "calls").read_text(encoding="utf-8")
-    assert calls.count("install") == 1 and "-c constraints.txt" in calls and ".[dev]" in calls
+    said = calls(checkout)
+    assert said.count("install") == 1 and "-c constraints.txt" in said and ".[dev]" in said
     again = setup(checkout, PYTHON=python)
     assert again.returncode == 0 and not again.stdout + again.stderr
-    assert (checkout / "calls").read_text(encoding="utf-8") == calls, "nothing changed, yet pip ran again"
+    assert not calls(checkout), "nothing changed, yet pip ran again"
     with (checkout / "constraints.txt").open("a", encoding="utf-8") as file:
         file.write("# another pin\n")
     setup(checkout, PYTHON=python)
-    assert (checkout / "calls").read_text(encoding="utf-8") != calls, "the pins changed, and pip did not run"
+    assert "install" in calls(checkout), "the pins changed, and pip did not run"
 
 
 def test_a_failed_installation_gets_one_plain_sentence_and_is_tried_again(checkout):
@@ -272,7 +369,71 @@ def test_a_failed_installation_gets_one_plain_sentence_and_is_tried_again(checko
         done = setup(checkout, PYTHON=python)
         assert done.returncode != 0
         assert done.stderr.count("\n") == 1 and "No matching distribution found for torch" in done.stderr
-    assert (checkout / "calls").read_text(encoding="utf-8").count("install") == 2
+    assert calls(checkout).count("install") == 2
+
+
+def fake_uv(checkout: Path, does: str = "true") -> None:
+    script(checkout / "tools" / "uv", f'echo "uv $*" >>"{checkout}/calls"; {does}')
+
+
+def calls(checkout: Path) -> str:
+    file = checkout / "calls"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    file.unlink(missing_ok=True)
+    return "\n".join(line for line in text.splitlines() if "config list" not in line)
+
+
+def test_uv_is_used_where_it_is_installed_and_pip_when_it_fails(checkout):
+    fake_uv(checkout)
+    assert setup(checkout, PYTHON=fake_python(checkout, "true")).returncode == 0
+    assert calls(checkout) == "uv pip install --python .venv/bin/python -c constraints.txt -e .[dev]"
+    shutil.rmtree(checkout / ".venv")
+    fake_uv(checkout, "exit 2")
+    assert setup(checkout, PYTHON=fake_python(checkout, "true")).returncode == 0
+    first, second = calls(checkout).splitlines()
+    assert first.startswith("uv ") and "-m pip install" in second
+
+
+def test_pip_is_used_where_it_is_told_of_other_places(checkout):
+    fake_uv(checkout)
+    told = "case \"$*\" in *\"config list\") echo \"global.find-links='/wheels'\" ;; esac"
+    assert setup(checkout, PYTHON=fake_python(checkout, told)).returncode == 0
+    assert "uv" not in calls(checkout).replace("-c constraints.txt uv", "")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="torch for macOS has one build")
+def test_another_build_of_torch_is_chosen_and_remembered(checkout):
+    fake_uv(checkout)
+    python = fake_python(checkout, "true")
+    assert setup(checkout, PYTHON=python, TORCH="cpu").returncode == 0
+    assert "uv pip install --python .venv/bin/python --torch-backend cpu" in calls(checkout)
+    again = setup(checkout, PYTHON=python)
+    assert again.returncode == 0 and not calls(checkout) and not again.stdout
+    (checkout / "constraints.txt").open("a", encoding="utf-8").write("# changed\n")
+    assert setup(checkout, PYTHON=python).returncode == 0
+    assert "--torch-backend cpu" in calls(checkout), "new pins forgot which build of torch was asked for"
+    assert setup(checkout, PYTHON=python, TORCH="auto").returncode == 0
+    assert "--torch-backend auto" in calls(checkout)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="torch for macOS has one build")
+def test_where_uv_is_missing_and_needed_pip_brings_it(checkout):
+    fake_uv(checkout)
+    (checkout / "tools").rename(checkout / "kept")  # not where programs are looked for
+    brings = 'case "$*" in *" uv") cp kept/uv .venv/bin/uv ;; esac'
+    assert setup(checkout, PYTHON=fake_python(checkout, brings), TORCH="cpu").returncode == 0
+    first, second = calls(checkout).splitlines()
+    assert first.endswith("install --disable-pip-version-check -c constraints.txt uv")
+    assert second.startswith("uv pip install") and "--torch-backend cpu" in second
+
+
+def test_a_folder_that_cannot_be_written_gets_one_plain_sentence(checkout):
+    for path in [checkout, *checkout.rglob("*")]:
+        path.chmod(0o555)
+    if os.access(checkout, os.W_OK):
+        pytest.skip("the superuser may write everywhere")
+    done = setup(checkout)
+    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr
 
 
 def test_make_alone_lists_the_commands(checkout):

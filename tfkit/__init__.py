@@ -5,6 +5,8 @@ Names are loaded when first used, so `import tfkit` costs next to nothing beyond
 
 import importlib
 
+from tfkit._checkout import find_kernels
+
 __version__ = "0.1.0"
 
 # Public name -> the module that holds it. The modules themselves (tfkit.data, tfkit.contracts, ...) load the same way.
@@ -17,8 +19,13 @@ _HOMES = {
     "check": "exercises",
     "Case": "exercises",
 }
-_MODULES = ("papers", "data", "train", "measure", "contracts", "plots", "widgets", "exercises", "pretrained", "zoo")
+_MODULES = (
+    *("papers", "data", "train", "parallel", "measure", "contracts", "past", "pretrained", "layouts"),
+    *("plots", "figures", "widgets", "exercises", "zoo", "kernels"),
+)
 __all__ = [*_HOMES, *_MODULES]
+
+find_kernels()
 
 
 def __getattr__(name: str):

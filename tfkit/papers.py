@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NOTEBOOKS = HERE.parent / "notebooks"
+# The chapters: beside tfkit in the checkout, inside it where it is installed.
+NOTEBOOKS = HERE / "notebooks" if (HERE / "notebooks").is_dir() else HERE.parent / "notebooks"
 VERBS = ("holds", "measures", "differs", "not here")
 
 

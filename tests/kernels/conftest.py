@@ -47,10 +47,10 @@ def mutant(tmp_path):
         assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in kernels/{name}.py"
         path = tmp_path / f"{name}_mutant_{len(names)}.py"
         path.write_text(source.replace(old, new))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(f"kernels.{path.stem}", path)  # it imports its neighbors
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        names.append(path.stem)
+        sys.modules[spec.name] = module
+        names.append(spec.name)
         spec.loader.exec_module(module)
         return module
 

@@ -1,5 +1,6 @@
 """The table of papers, the four verbs, and the collector that reads them back from notebooks."""
 
+import io
 import math
 
 import nbformat
@@ -201,7 +202,7 @@ def test_coverage_counts_every_paper_once():
         (["introduction", "linfomer"], 1, "did you mean 'linformer'"),
         (["--search", "low rank"], 0, "low_rank_heads"),
         (["--search", "zebra"], 1, "no paper contains all of: zebra"),
-        (["--coverage"], 0, " of 383"),
+        (["--coverage"], 0, f" of {len(P.papers())}"),
         ([], 2, "python -m tfkit --search"),
     ],
 )
@@ -211,6 +212,42 @@ def test_the_terminal(arguments, code, expected, capsys):
     assert main(arguments) == code
     printed = capsys.readouterr()
     assert expected in printed.out + printed.err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "utf-8"])
+def test_a_console_that_lacks_a_sign_prints_one_near_it(encoding, monkeypatch):
+    from tfkit.__main__ import main
+
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", console)
+    record = P.Record(P.lookup("linformer"), measures=["caf\u00e9 \u27e81.1\u27e9 \u2192 \u4e2d"])
+    monkeypatch.setattr("tfkit.__main__.collect", lambda: {"linformer": record})
+    assert main(["linformer"]) == 0
+    console.flush()
+    said = console.buffer.getvalue().decode(encoding)
+    if encoding == "utf-8":
+        assert record.measures[0] in said
+    else:
+        assert ("cafe" if encoding == "ascii" else "caf\u00e9") + " <1.1> ? ?" in said
+
+
+def test_the_terminal_copies_the_chapters_and_spares_work(tmp_path, capsys, monkeypatch):
+    from tfkit.__main__ import main
+
+    chapters = tmp_path / "chapters"
+    chapters.mkdir()
+    (chapters / "00_start_here.ipynb").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("tfkit.__main__.NOTEBOOKS", chapters)
+    mine = tmp_path / "mine"
+    assert main(["--notebooks", str(mine)]) == 0 and "begin with" in capsys.readouterr().out
+    (mine / "00_start_here.ipynb").write_text("mine", encoding="utf-8")
+    (chapters / "00_start_here.ipynb").write_text('{"new": 1}', encoding="utf-8")
+    assert main(["--notebooks", str(mine)]) == 0
+    assert "00_start_here.new.ipynb" in capsys.readouterr().out
+    assert (mine / "00_start_here.ipynb").read_text(encoding="utf-8") == "mine"
+    assert main(["--notebooks", str(chapters)]) == 1 and "name another folder" in capsys.readouterr().err
+    assert main(["--notebooks", str(mine / "00_start_here.ipynb")]) == 1
+    assert "cannot be copied" in capsys.readouterr().err
 
 
 def test_parents_are_facts():

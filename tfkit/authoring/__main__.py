@@ -9,6 +9,8 @@ portable [PATH]        kernel tests, zoo tests and notebooks as on other process
 readme                 the generated tables
 assignment 01          a chapter as coursework
 book                   the web site
+lab                    the reader's own copies of the chapters, made or refreshed
+fresh 01               ... one of them started anew
 """
 
 from __future__ import annotations
@@ -109,7 +111,19 @@ def book(given) -> None:
     print(f"open {build(ROOT / 'build' / 'book') / 'index.html'}")
 
 
-COMMANDS = {f.__name__: f for f in (export, run, check, times, reseed, portable, readme, assignment, book)}
+def lab(given) -> None:
+    from tfkit.authoring import lab
+
+    lab.lab()
+
+
+def fresh(given) -> None:
+    from tfkit.authoring import lab
+
+    lab.fresh(given.names)
+
+
+COMMANDS = {f.__name__: f for f in (export, run, check, times, reseed, portable, readme, assignment, book, lab, fresh)}
 
 
 def main(arguments: list[str] | None = None) -> None:
