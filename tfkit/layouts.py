@@ -62,6 +62,30 @@ class_blocks.*.feed.scale                     blocks_token_only.*.gamma_2
 norm.*                                        norm.*
 head.*                                        head.*
 """
+_T5 = """
+embed_source.table.weight                     shared.weight
+embed_target.table.weight                     shared.weight
+head.table.weight                             shared.weight
+encoder.blocks.*.mix.part.attend.table        encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight
+encoder.blocks.*.mix.norm.weight              encoder.block.*.layer.0.layer_norm.weight
+encoder.blocks.*.mix.part.to_qkv.weight       encoder.block.*.layer.0.SelfAttention.{q,k,v}.weight
+encoder.blocks.*.mix.part.to_out.weight       encoder.block.*.layer.0.SelfAttention.o.weight
+encoder.blocks.*.feed.norm.weight             encoder.block.*.layer.1.layer_norm.weight
+encoder.blocks.*.feed.part.up.weight          encoder.block.*.layer.1.DenseReluDense.wi.weight
+encoder.blocks.*.feed.part.down.weight        encoder.block.*.layer.1.DenseReluDense.wo.weight
+decoder.blocks.*.mix.part.attend.table        decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight
+decoder.blocks.*.mix.norm.weight              decoder.block.*.layer.0.layer_norm.weight
+decoder.blocks.*.mix.part.to_qkv.weight       decoder.block.*.layer.0.SelfAttention.{q,k,v}.weight
+decoder.blocks.*.mix.part.to_out.weight       decoder.block.*.layer.0.SelfAttention.o.weight
+decoder.blocks.*.look.norm.weight             decoder.block.*.layer.1.layer_norm.weight
+decoder.blocks.*.look.part.to_q.weight        decoder.block.*.layer.1.EncDecAttention.q.weight
+decoder.blocks.*.look.part.to_kv.weight       decoder.block.*.layer.1.EncDecAttention.{k,v}.weight
+decoder.blocks.*.look.part.to_out.weight      decoder.block.*.layer.1.EncDecAttention.o.weight
+decoder.blocks.*.feed.norm.weight             decoder.block.*.layer.2.layer_norm.weight
+decoder.blocks.*.feed.part.up.weight          decoder.block.*.layer.2.DenseReluDense.wi.weight
+decoder.blocks.*.feed.part.down.weight        decoder.block.*.layer.2.DenseReluDense.wo.weight
+*.norm.weight                                 *.final_layer_norm.weight
+"""
 
 # name -> the arguments of `tfkit.pretrained.Layout`
 TABLES: dict[str, dict] = {
@@ -73,5 +97,12 @@ TABLES: dict[str, dict] = {
     },
     "llama": {"table": _LLAMA + _LLAMA_FEED, **_DECODER},
     "mixtral": {"table": _LLAMA + _MIXTRAL_FEED, **_DECODER},
+    "t5": {
+        "table": _T5,
+        "tied": dict.fromkeys(
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight"
+        ),
+        "ignore": ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),  # in old files, unused
+    },
     "timm_cait": {"table": _TIMM_CAIT, "prefix": "module."},
 }

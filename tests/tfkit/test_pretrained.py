@@ -12,6 +12,7 @@ from tfkit import pretrained
 from tfkit.pretrained import Layout
 from tfkit.zoo.depth_and_residuals import cait
 from tfkit.zoo.feedforward import llama
+from tfkit.zoo.normalization import t5
 from tfkit.zoo.transformer import gpt2
 
 transformers = pytest.importorskip("transformers")
@@ -56,6 +57,16 @@ def test_logits_of_transformers(layout, tmp_path):
     assert pretrained.load(ours, save(peer, tmp_path), layout) is ours
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS), peer(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_transformers_t5(tmp_path):
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    peer = shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)))
+    ours = pretrained.load(t5(40, 16, 2, 4, 24, 6).eval(), save(peer, tmp_path), "t5")
+    source, target = torch.randint(40, (2, 30)), torch.randint(40, (2, 150))  # beyond the 128 that buckets tell apart
+    with torch.no_grad():
+        expected = peer(input_ids=source, decoder_input_ids=target).logits
+        torch.testing.assert_close(ours(source, target), expected, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["pieces", "torch", "torch, old format", "torch, under model", "bare"])

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts
-from tfkit.zoo.attention import CrossAttention, MultiHeadAttention, attention, causal_attention, causal_mask
+from tfkit.zoo.attention import (
+    CrossAttention,
+    MultiHeadAttention,
+    attention,
+    causal_attention,
+    causal_mask,
+    merge_heads,
+)
 from tfkit.zoo.depth_and_residuals import (
     AugmentedShortcut,
     BranchNorm,
@@ -58,6 +65,7 @@ from tfkit.zoo.depth_and_residuals import (
     window_sources,
     xavier_,
 )
+from tfkit.zoo.sparse_attention import CausalWindow
 from tfkit.zoo.transformer import (
     Block,
     FeedForward,
@@ -553,6 +561,27 @@ def test_value_residual_shared_values_are_those_of_the_first_layer():
     assert contracts.gradients_reach(stack, draw(1, 1, 4, 8))
     with pytest.raises(ValueError, match="7"):
         SharedValue(7, 2)
+
+
+@pytest.mark.parametrize("later, tensors", [(ValueResidual, 8), (SharedValue, 5)])
+@pytest.mark.parametrize("attend, most", [(causal_attention, 9), (CausalWindow(4), 3)])
+def test_value_residual_cache(later, tensors, attend, most):
+    """Four layers keep keys and values each; with shared values the keys, and one set of values in all."""
+    stack, x = resformer_stack(4, 8, 2, attend=attend, later=later), draw(0, 2, 9, 8)
+    with torch.no_grad(), remember(stack) as past:
+        pieces = [stack(piece) for piece in x.split([1, 3, 5], 1)]
+        assert past.numbers() == tensors * 2 * 8 * most
+    assert torch.allclose(torch.cat(pieces, 1), stack(x), atol=1e-5)
+
+
+def test_value_residual_weighs_both_one_half_by_default():
+    stack, x = resformer_stack(2, 8, 2), draw(0, 2, 4, 8)
+    first, second = (block.mix for block in stack.blocks)
+    _, _, v_first = first.part.project(first.norm(x))
+    y = stack.blocks[0](x, kept=[])
+    q, k, v = second.part.project(second.norm(y))
+    expected = second.part.to_out(merge_heads(attention(q, k, v_first / 2 + v / 2)))
+    assert torch.allclose(second.part(second.norm(y), kept=[v_first]), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("later", [ValueResidual, SharedValue])

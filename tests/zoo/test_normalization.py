@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tfkit.zoo.normalization import (
     BatchMemory,
     BranchNorm,
     CRMSNorm,
+    DynamicTanh,
     ImageClassifier,
     PatchEmbedding,
     ProgressiveNorm,
@@ -47,6 +50,10 @@ from tfkit.zoo.normalization import (
     standardize_gradient,
     sub_norm_gain,
     sub_norm_gains,
+    t5,
+    t5_base,
+    t5_large,
+    t5_small,
     to_crms_norm,
     to_rms_norm,
 )
@@ -242,6 +249,71 @@ def test_scale_norm_bounds_the_logits_of_a_tied_head():
     assert model(torch.randint(13, (3, 7))).abs().max() <= 3.0 + 1e-4
 
 
+def test_scale_norm_model_is_saved_whole():
+    model = language_model(13, 16, 1, norm=lambda: ScaleNorm(16))
+    fix_norm_(model.embed)
+    ids = torch.randint(13, (3, 7))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+
+
+# ----------------------------------------------------------------------------------------------------- T5, dynamic tanh
+
+
+@pytest.mark.parametrize("make, total", [(t5_small, 60_506_624), (t5_base, 222_903_552), (t5_large, 737_668_096)])
+def test_t5_has_the_published_size(make, total):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make().parameters()) == total
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_t5_starts_as_published(seed):
+    """Variance 1 / fan-in; queries 1 / (d e); embeddings 1; the bias 1 / d; no bias vectors, unit gains."""
+    torch.manual_seed(seed)
+    d, h, e, hidden = 64, 4, 48, 200
+    model = t5(300, d, 2, h, hidden, e)
+    for block in model.decoder.blocks:
+        q, k, v = block.mix.part.to_qkv.weight.chunk(3)
+        to_k, to_v = block.look.part.to_kv.weight.chunk(2)
+        expected = [(q, d * e), (k, d), (v, d), (block.mix.part.to_out.weight, h * e)]
+        expected += [(block.look.part.to_q.weight, d * e), (to_k, d), (to_v, d)]
+        expected += [(block.feed.part.up.weight, d), (block.feed.part.down.weight, hidden)]
+        for weight, fan_in in expected:
+            assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+    assert model.embed_source.table.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert model.encoder.blocks[0].mix.part.attend.table.std().item() == pytest.approx(d**-0.5, rel=0.3)
+    assert not any(name.endswith("bias") for name, _ in model.named_parameters())
+    assert all((m.weight == 1).all() and m.eps == 1e-6 for m in model.modules() if isinstance(m, nn.RMSNorm))
+    source, read = torch.randint(300, (4, 9)), torch.randint(300, (4, 20))
+    others = model(source, read)[torch.arange(300) != read[..., None]]
+    assert others.var().item() == pytest.approx(1, rel=0.25)
+
+
+def test_t5_shares_its_table_and_its_biases():
+    model = t5(20, 16, 3, 2, 24, 8)
+    assert model.embed_source is model.embed_target and model.head.table is model.embed_source.table
+    for stack in (model.encoder, model.decoder):
+        assert len({id(block.mix.part.attend) for block in stack.blocks}) == 1
+    assert model.encoder.blocks[0].mix.part.attend is not model.decoder.blocks[0].mix.part.attend
+    x = torch.randn(5, 16)
+    assert torch.allclose(model.head(x), x @ model.embed_source.table.weight.T / 4, atol=1e-5)
+    target = torch.randint(20, (1, 12))
+    assert contracts.causal(lambda ids: model(torch.arange(6)[None], ids), target)
+    longer = model.encode(torch.arange(12)[None])[:, :6]  # the encoder sees both sides
+    assert not torch.allclose(longer, model.encode(torch.arange(6)[None]), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dynamic_tanh_is_its_formula(seed):
+    torch.manual_seed(seed)
+    layer = shake_(DynamicTanh(7, alpha=0.8))
+    assert DynamicTanh(7, alpha=0.8).alpha.item() == pytest.approx(0.8) and DynamicTanh(7).alpha.item() == 0.5
+    x = 3 * torch.randn(2, 5, 7)
+    up, down = (layer.alpha * x).exp(), (-layer.alpha * x).exp()
+    assert torch.allclose(layer(x), (up - down) / (up + down) * layer.weight + layer.bias, atol=1e-5)
+    assert contracts.local(layer, x, window=0)
+
+
 # ------------------------------------------------------------------------------------------------------- pre_crmsnorm
 
 
@@ -308,6 +380,68 @@ def test_pre_crmsnorm_refuses_what_is_not_exact():
         to_crms_norm(language_model(9, 16, 1, feedforward=lambda: nn.Linear(16, 16)))
     with pytest.raises(ValueError, match="Identity"):
         ends(nn.Identity())
+
+
+class SecondReader(MultiHeadAttention):
+    """Attention with a gate that reads the input beside the queries, as several subclasses of later chapters have."""
+
+    def __init__(self):
+        super().__init__(16, 2, attend=causal_attention)
+        self.to_gate = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * self.to_gate(x).sigmoid()
+
+
+class Declared(MultiHeadAttention):
+    ends = ("to_qkv", "to_out")
+
+
+class InheritsTheDeclaration(Declared):
+    pass
+
+
+class Sums(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block(
+            MultiHeadAttention(16, 2, attend=causal_attention), FeedForward(16), lambda: nn.LayerNorm(16)
+        )
+
+    def forward(self, x, **given):
+        return self.block(x, **given) + 1.0
+
+
+@pytest.mark.parametrize("convert", [to_rms_norm, to_crms_norm])
+def test_pre_crmsnorm_refuses_parts_with_a_second_reader(convert):
+    from tfkit.zoo.attention_variants import GatedAttention
+    from tfkit.zoo.experts_and_elastic_width import MixtureOfHeads, token_attention
+
+    for mixer in (
+        SecondReader,
+        lambda: GatedAttention(16, 2, attend=causal_attention),
+        lambda: MixtureOfHeads(16, 4, 1, 1, attend=causal_attention),
+        lambda: InheritsTheDeclaration(16, 2, attend=causal_attention),
+    ):
+        with pytest.raises(ValueError, match="reads and writes is not known"):
+            convert(language_model(9, 16, 1, mixer=mixer))
+    with pytest.raises(ValueError, match="to_qkv of a MultiHeadAttention should be a linear layer, and is a Beside"):
+        convert(language_model(9, 16, 1, mixer=lambda: token_attention(16, 2, 3, causal_attention)))
+    model = language_model(9, 16, 1)
+    model.stack.blocks[0] = Sums()
+    with pytest.raises(ValueError, match="Sums"):
+        convert(model)
+    model.stack.blocks[0], model.head = nn.Identity(), nn.Sequential(nn.Linear(16, 9))
+    with pytest.raises(ValueError, match="Identity, Sequential"):
+        convert(model)
+
+
+@pytest.mark.parametrize("mixer", [Declared, partial(SubNormAttention, attend=causal_attention)])
+def test_pre_crmsnorm_believes_a_class_that_declares_its_ends(mixer):
+    kind = (lambda: mixer(16, 2)) if mixer is not Declared else (lambda: Declared(16, 2, attend=causal_attention))
+    model = shaken_model(0, SinusoidalPositions(), mixer=kind)
+    ids = torch.randint(17, (2, 9))
+    assert contracts.agree(to_crms_norm(model), model, ids, atol=1e-9)
 
 
 def test_pre_crmsnorm_on_gpt2_of_transformers():

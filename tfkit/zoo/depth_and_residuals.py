@@ -24,10 +24,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..past import with_past
 from tfkit.zoo.attention import (
     CrossAttention, MultiHeadAttention, attention, merge_heads, split_heads,
 )
-from .transformer import Block, FeedForward, PostNorm, PreNorm, Stack
+from tfkit.zoo.transformer import (
+    Block, FeedForward, PostNorm, PreNorm, Stack, in_float32,
+)
 
 # %% notebooks/06_depth_and_residuals.ipynb
 def diversity(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
@@ -606,11 +609,12 @@ class ValueResidual(MultiHeadAttention):
         kept: list,
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
-        if kept:
-            v = self.first * kept[0] + self.own * v
-        else:
-            kept.append(v)
-        return self.to_out(merge_heads(self.read(q, k, v, mask=mask)))
+        if kept:                                       # of the same tokens: the last n
+            v = self.first * kept[0][..., -v.shape[-2] :, :] + self.own * v
+        k, v, mask = with_past(self, self.attend, k, v, mask)
+        if not kept:
+            kept.append(v)                             # inside `remember` with the past
+        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 class SharedValue(MultiHeadAttention):
@@ -629,7 +633,8 @@ class SharedValue(MultiHeadAttention):
         kept: list,
     ) -> Float[Tensor, "b n d"]:
         q, k = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(2, -1))
-        return self.to_out(merge_heads(self.read(q, k, kept[0], mask=mask)))
+        k, _, mask = with_past(self, self.attend, k, k[..., :0], mask)
+        return self.to_out(merge_heads(self.attend(q, k, kept[0], mask=mask)))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 def resformer_stack(
@@ -780,6 +785,7 @@ class DeepCrossStack(nn.Module):
         return self.norm(self.read(torch.stack(window_sources(outputs, self.last))))
 
 # %% notebooks/06_depth_and_residuals.ipynb
+@in_float32
 def block_circulant(
     x: Float[Tensor, "*n i"], blocks: Float[Tensor, "p q b"]
 ) -> Float[Tensor, "*n o"]:

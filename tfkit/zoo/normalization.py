@@ -4,30 +4,33 @@
 
 # %% notebooks/05_normalization.ipynb
 __all__ = ['mechanisms', 'examples', 'standardize', 'rms', 'TokenGroupNorm', 'TokenBatchNorm', 'standardize_gradient',
-           'rms_gradient', 'SandwichNorm', 'BranchNorm', 'ScaleNorm', 'UnitRows', 'fix_norm_', 'small_init_', 'fold',
-           'centered', 'ends', 'Recentered', 'to_rms_norm', 'CRMSNorm', 'to_crms_norm', 'PatchEmbedding',
-           'ImageClassifier', 'digit_classifier', 'RepBatchNorm', 'ProgressiveNorm', 'fold_norms',
-           'simplified_linear_attention', 'SimplifiedLinearAttention', 'geometric_mean', 'is_outlier', 'never',
-           'BatchMemory', 'UnifiedNorm', 'SubNormAttention', 'SubNormFeedForward', 'sub_norm_gain', 'sub_norm_gains',
-           'magneto_init_', 'magneto_model', 'dual_patch_embedding']
+           'rms_gradient', 'SandwichNorm', 'BranchNorm', 'SharedHead', 't5_init_', 't5', 't5_small', 't5_base',
+           't5_large', 'DynamicTanh', 'ScaleNorm', 'UnitEmbedding', 'fix_norm_', 'small_init_', 'fold', 'centered',
+           'ends', 'Recentered', 'to_rms_norm', 'CRMSNorm', 'to_crms_norm', 'PatchEmbedding', 'ImageClassifier',
+           'digit_classifier', 'RepBatchNorm', 'ProgressiveNorm', 'fold_norms', 'simplified_linear_attention',
+           'SimplifiedLinearAttention', 'geometric_mean', 'is_outlier', 'never', 'BatchMemory', 'UnifiedNorm',
+           'SubNormAttention', 'SubNormFeedForward', 'sub_norm_gain', 'sub_norm_gains', 'magneto_init_',
+           'magneto_model', 'dual_patch_embedding']
 
 # %% notebooks/05_normalization.ipynb
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tfkit.zoo.attention import (
-    MultiHeadAttention, attention, causal_attention, merge_heads
+    CrossAttention, MultiHeadAttention, attention, causal_attention, merge_heads
 )
 from tfkit.zoo.transformer import (
-    Block, FeedForward, LanguageModel, PreNorm, Stack, TokenEmbedding, language_model
+    Block, DecoderBlock, EncoderDecoder, FeedForward, LanguageModel, PreNorm, Stack,
+    TokenEmbedding, language_model
 )
+from .positions import T5Bias, t5_causal_buckets
 
 # %% notebooks/05_normalization.ipynb
 def standardize(
@@ -138,6 +141,100 @@ class BranchNorm(PreNorm):
         return x + self.norm(self.part(x, *others, **given))
 
 # %% notebooks/05_normalization.ipynb
+class SharedHead(nn.Module):
+    """Logits x E^T / sqrt(d) with the table E (V, d) of an embedding: (..., d) -> (..., V).
+
+    Source: "Exploring the Limits of Transfer Learning" (T5), 2019.
+    """
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        return F.linear(x * self.table.embedding_dim**-0.5, self.table.weight)
+
+
+@torch.no_grad()
+def t5_init_(model: nn.Module) -> nn.Module:
+    """T5's start, in place: matrices normal with variance 1 / fan-in, embeddings with 1.
+
+    Queries are divided by sqrt(e) once more, since scores are not; the bias table has
+    variance 1 / d. Source: "Exploring the Limits of Transfer Learning" (T5), 2019.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight)
+    for part in model.modules():
+        if isinstance(part, (MultiHeadAttention, CrossAttention)):
+            own = isinstance(part, MultiHeadAttention)
+            queries = (part.to_qkv if own else part.to_q).weight
+            inner = part.to_out.in_features
+            queries[:inner] *= (inner // part.heads) ** -0.5
+            if isinstance(part.attend, T5Bias):
+                nn.init.normal_(part.attend.table, std=part.to_out.out_features**-0.5)
+    return model
+
+# %% notebooks/05_normalization.ipynb
+def t5(
+    vocabulary: int = 32128, width: int = 512, depth: int = 6, heads: int = 8,
+    hidden: int = 2048, head_width: int = 64,
+) -> EncoderDecoder:
+    """T5, version 1.0: source ids (b, m) and target ids (b, n) to logits (b, n, V).
+
+    Source: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer", 2019.
+    """
+    plain, past = (partial(f, scale=1.0) for f in (attention, causal_attention))
+    both_sides = T5Bias(heads, plain)
+    to_the_left = T5Bias(heads, past, bucket=t5_causal_buckets)
+    norm = partial(nn.RMSNorm, width, 1e-6)
+    mixer = partial(MultiHeadAttention, width, heads, head_width, bias=False)
+    cross = partial(CrossAttention, width, heads, None, head_width, plain, bias=False)
+    feed = partial(FeedForward, width, hidden, nn.ReLU, bias=False)
+    reads = [Block(mixer(attend=both_sides), feed(), norm) for _ in range(depth)]
+    writes = [DecoderBlock(mixer(attend=to_the_left), cross(), feed(), norm)
+              for _ in range(depth)]
+    embed = TokenEmbedding(vocabulary, width)
+    return t5_init_(EncoderDecoder(
+        embed, Stack(reads, norm()), embed, Stack(writes, norm()),
+        SharedHead(embed.table)))
+
+
+def t5_small() -> EncoderDecoder:
+    """60,506,624 parameters. "Exploring the Limits of Transfer Learning", 2019."""
+    return t5()
+
+
+def t5_base() -> EncoderDecoder:
+    """222,903,552 parameters. "Exploring the Limits of Transfer Learning", 2019."""
+    return t5(width=768, depth=12, heads=12, hidden=3072)
+
+
+def t5_large() -> EncoderDecoder:
+    """737,668,096 parameters. "Exploring the Limits of Transfer Learning", 2019."""
+    return t5(width=1024, depth=24, heads=16, hidden=4096)
+
+# %% notebooks/05_normalization.ipynb
+class DynamicTanh(nn.Module):
+    """gain tanh(alpha x) + shift on tokens (..., d): a norm's curve without statistics.
+
+    alpha is one learned number; gain and shift (d,) are learned for each feature.
+    Source: "Transformers without Normalization", 2025.
+    """
+
+    def __init__(self, width: int, alpha: float = 0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+# %% notebooks/05_normalization.ipynb
 class ScaleNorm(nn.Module):
     """g x / |x|: every token (..., d) gets the same learned length g, at first sqrt(d).
 
@@ -152,11 +249,23 @@ class ScaleNorm(nn.Module):
         return self.gain * x / x.norm(dim=-1, keepdim=True).clamp(min=self.eps)
 
 # %% notebooks/05_normalization.ipynb
-class UnitRows(nn.Module):
-    """Each row divided by its length: (v, d) -> (v, d)."""
+class UnitEmbedding(nn.Module):
+    """An embedding table whose rows are divided by their length whenever it is read.
 
-    def forward(self, table: Float[Tensor, "v d"]) -> Float[Tensor, "v d"]:
-        return F.normalize(table, dim=-1)
+    Ids (...) to vectors (..., d); `weight` (V, d) is the table of unit rows.
+    """
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.rows = table.weight
+        self.num_embeddings, self.embedding_dim = table.weight.shape
+
+    @property
+    def weight(self) -> Float[Tensor, "v d"]:
+        return F.normalize(self.rows, dim=-1)
+
+    def forward(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        return F.embedding(ids, self.weight)
 
 
 def fix_norm_(embed: TokenEmbedding) -> TokenEmbedding:
@@ -165,7 +274,7 @@ def fix_norm_(embed: TokenEmbedding) -> TokenEmbedding:
     Sources: "Transformers without Tears", 2019, after "Improving Lexical Choice in
     Neural Machine Translation", 2017.
     """
-    parametrize.register_parametrization(embed.table, "weight", UnitRows())
+    embed.table = UnitEmbedding(embed.table)
     return embed
 
 
@@ -213,14 +322,23 @@ _ENDS = {MultiHeadAttention: ("to_qkv", "to_out"), FeedForward: ("up", "down")}
 
 
 def ends(part: nn.Module) -> tuple[str, str]:
-    """Names of the linear layers with which a part reads and writes.
+    """Names of the only linear layers with which a part reads and writes.
 
-    Raises ValueError for parts that are neither attention nor feed-forward.
+    A class says so itself, in an attribute `ends`, or it is one of those above. What
+    it inherits does not count: a subclass may read its input a second time. Raises
+    ValueError for other classes, and where an end is no plain linear layer.
     """
-    for kind, names in _ENDS.items():
-        if isinstance(part, kind):
-            return names
-    raise ValueError(f"where a {type(part).__name__} reads and writes is not known")
+    kind = type(part)
+    names = _ENDS.get(kind) or vars(kind).get("ends")
+    if names is None:
+        raise ValueError(f"where a {kind.__name__} reads and writes is not known; a "
+                         f"class with one reader and one writer says so in `ends`")
+    for name in names:
+        if type(getattr(part, name)) is not nn.Linear:
+            found = type(getattr(part, name)).__name__
+            raise ValueError(f"{name} of a {kind.__name__} should be a linear layer, "
+                             f"and is a {found}")
+    return names
 
 
 class Recentered(nn.Module):
@@ -246,6 +364,9 @@ def _branches(model: LanguageModel, norm: type) -> list[PreNorm]:
     norms = [*(branch.norm for branch in found), model.stack.norm]
     wrong = {type(m).__name__ for m in found if type(m) is not PreNorm}
     wrong |= {type(n).__name__ for n in norms if type(n) is not norm}
+    known = {LanguageModel, TokenEmbedding, Stack, Block, PreNorm, type(None), nn.Linear}
+    around = [model, model.embed, model.stack, model.head, *model.stack.blocks]
+    wrong |= {type(m).__name__ for m in around if type(m) not in known}
     if wrong:
         raise ValueError(f"exact for PreNorm with {norm.__name__} alone, and here is "
                          f"{', '.join(sorted(wrong))}")
@@ -505,15 +626,18 @@ class _SmoothedScale(torch.autograd.Function):
     """weight * x / size + bias; backward (g - z psi) / size, g = ratio weight grad."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, size, ratio, smooth):
-        z = x / size
-        ctx.save_for_backward(z, weight, size, ratio)
-        ctx.smooth = smooth                            # this batch's mean of g z -> psi
-        return weight * z + bias
+    def forward(x, weight, bias, size, ratio, smooth):
+        return weight * (x / size) + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, size, ratio, ctx.smooth = inputs  # smooth: mean of g z -> psi
+        ctx.save_for_backward(x, weight, size, ratio)
 
     @staticmethod
     def backward(ctx, grad):
-        z, weight, size, ratio = ctx.saved_tensors
+        x, weight, size, ratio = ctx.saved_tensors
+        z = x / size
         g, flat = grad * weight * ratio, lambda t: t.flatten(0, -2)
         psi = ctx.smooth(flat(g * z).mean(0))                       # (d,)
         by_weight, by_bias = ratio * flat(grad * z).sum(0), flat(grad).sum(0)
@@ -606,6 +730,8 @@ class SubNormAttention(MultiHeadAttention):
     Source: "Foundation Transformers", 2022 (Sub-LayerNorm).
     """
 
+    ends = ("to_qkv", "to_out")
+
     def __init__(
         self, width: int, heads: int, attend=attention,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
@@ -626,6 +752,8 @@ class SubNormFeedForward(FeedForward):
     norm is a function of a width; the rest is as for `FeedForward`.
     Source: "Foundation Transformers", 2022 (Sub-LayerNorm).
     """
+
+    ends = ("up", "down")
 
     def __init__(
         self, width: int, hidden: int | None = None,
@@ -722,6 +850,7 @@ mechanisms = {
     "group norm": lambda: (TokenGroupNorm(4, 64), _tokens()),
     "batch norm": lambda: (TokenBatchNorm(64), _tokens()),
     "scale norm": lambda: (ScaleNorm(64), _tokens()),
+    "dynamic tanh": lambda: (DynamicTanh(64), _tokens()),
     "CRMS norm": lambda: (CRMSNorm(), _tokens(63)),
     "RepBN": lambda: (RepBatchNorm(64), _tokens()),
     "unified norm": lambda: (UnifiedNorm(64, warmup=0), _tokens()),
