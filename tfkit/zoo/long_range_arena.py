@@ -700,7 +700,8 @@ def _price(name: str, repeats: int = 3, longest: float = 8.0, most: float = 4e9)
 # %% notebooks/17_long_range_arena.ipynb
 def run_arena(
     path: Path | str, names: Sequence[str] = (), labels: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1, 2), workers: int = -1, settings: Settings = Settings(),
+    seeds: Sequence[int] = (0, 1, 2), workers: int = -1,
+    settings: Settings = Settings(),
 ) -> None:
     """Play all matches that are missing in the table at path, then measure all costs.
 
@@ -724,7 +725,8 @@ def run_arena(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     early = joblib.parallel.get_active_backend()[0].supports_return_generator
-    pool = joblib.Parallel(workers, return_as="generator_unordered" if early else "list")
+    order = "generator_unordered" if early else "list"
+    pool = joblib.Parallel(workers, return_as=order)
     for rows in pool(joblib.delayed(_play)(*job, settings) for job in jobs):
         _write(Path(path), rows)
     for name in left:
