@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfkit.figures import COLORS, STYLE, figure, place, png, show
+from tfkit.figures import COLORS, STYLE, contents, figure, place, png, show, tell_apart
 
-__all__ = ["COLORS", "STYLE", "Diagram", "Part", "attention_map", "cells", "cost", "curve", "figure", "heads", "images",
-           "mask", "matrix", "place", "png", "show", "tint"]  # fmt: skip
+__all__ = ["COLORS", "STYLE", "Diagram", "Part", "attention_map", "cells", "contents", "cost", "curve", "figure",
+           "heads", "images", "mask", "matrix", "place", "png", "show", "tell_apart", "tint"]  # fmt: skip
 DARK = "#262626"  # outlines and arrows
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 
-from tfkit.plots import place
+import matplotlib.pyplot as plt
+
+from tfkit.figures import place
 from tfkit.train import quiet
+
+BUDGET = 0.1  # seconds of processor time in which a moved slider is to be answered
 
 
 def explore(fn: Callable, **controls) -> None:
@@ -15,8 +20,9 @@ def explore(fn: Callable, **controls) -> None:
     fn        returns (figure, alt): a matplotlib figure and the words that describe it; every argument has a default
     controls  (low, high) or (low, high, step) for a slider, a list for a choice, True or False for a tick box
 
-    Moving a control redraws the picture in place. With TFKIT_STATIC=1 only the picture is drawn. Raises ValueError for
-    a control that `fn` does not take or a default outside its range.
+    Moving a control redraws the picture in place; where a drawing takes longer than `BUDGET`, once the slider is let
+    go. With TFKIT_STATIC=1 only the picture is drawn. Raises ValueError for a control that `fn` does not take or a
+    default outside its range. A function that raises leaves no figure behind.
     """
     defaults = {name: p.default for name, p in inspect.signature(fn).parameters.items()}
     for name, spec in controls.items():
@@ -25,7 +31,9 @@ def explore(fn: Callable, **controls) -> None:
             raise ValueError(f"{called} has no argument {name!r} with a default; it has {', '.join(defaults)}")
         _check_default(name, spec, defaults[name])
 
+    started = time.process_time()
     fig, alt = _drawn(fn)
+    slow = time.process_time() - started > BUDGET / 2  # the other half goes into the PNG
     if quiet():
         place(fig, alt)
         return
@@ -33,6 +41,9 @@ def explore(fn: Callable, **controls) -> None:
     from IPython.display import display
 
     made = {name: _control(name, spec, defaults[name]) for name, spec in controls.items()}
+    for control in made.values():
+        if slow and hasattr(control, "continuous_update"):
+            control.continuous_update = False
     message = widgets.Label()
     display(widgets.VBox([*made.values(), message]))
     handles = place(fig, alt)
@@ -51,10 +62,19 @@ def explore(fn: Callable, **controls) -> None:
 
 
 def _drawn(fn: Callable, **values) -> tuple:
-    result = fn(**values)
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], str):
-        raise TypeError(f"the function must return (figure, description), got {type(result).__name__} {result!r:.80}")
-    return result
+    """What `fn` returns; no other figure of its making stays open."""
+    before, result = {*plt.get_fignums()}, ()
+    try:
+        result = fn(**values)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], str):
+            said = f"{type(result).__name__} {result!r:.80}"
+            result = ()
+            raise TypeError(f"the function must return (figure, description), got {said}")
+        return result
+    finally:
+        for number in {*plt.get_fignums()} - before:
+            if not result or plt.figure(number) is not result[0]:
+                plt.close(number)
 
 
 def _check_default(name: str, spec, default) -> None:

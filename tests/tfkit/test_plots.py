@@ -62,6 +62,86 @@ def test_a_description_is_demanded(alt):
         P.show(line())
 
 
+def test_axes_are_no_figure():
+    with pytest.raises(ValueError, match="show a figure, not Axes; of axes pass ax.figure"):
+        P.show(line().axes[0], alt=ALT)
+
+
+def contrast(color):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
+    return 1.05 / (np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05)
+
+
+def test_every_color_is_seen_on_white():
+    assert all(contrast(color) >= 3 for color in P.COLORS) and contrast("#E69F00") < 2.3
+
+
+def test_color_blindness_merges_no_two_colors():
+    """Distances in CIELAB under the three kinds of color blindness, simulated as Machado and others do (2009)."""
+    kinds = [np.eye(3),
+             [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+             [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+             [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+             ]  # fmt: skip
+
+    def seen(color, kind):
+        linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+                           for c in matplotlib.colors.to_rgb(color)])  # fmt: skip
+        linear = np.clip(kind @ linear, 0, 1)
+        white = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        x, y, z = np.cbrt(white @ linear / white.sum(1))
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    for kind in kinds:
+        places = [seen(color, np.array(kind)) for color in P.COLORS]
+        assert min(np.linalg.norm(a - b) for i, a in enumerate(places) for b in places[:i]) > 10
+
+
+def test_lines_and_points_are_told_apart_without_color():
+    fig, (left, right) = P.figure(1, 2)
+    x = np.linspace(0, 1, 50)
+    for i in range(3):
+        left.plot(x, x**i, label=str(i))
+        right.scatter(x, x**i, label=str(i))
+    left.plot(x, 1 - x, "--", color=P.COLORS[1])
+    left.plot(x, 1 - x, alpha=0.3)
+    left.axhline(0.5, color="red")
+    right.plot(x, x, "o", color="black"), right.plot(x, 2 * x, "o", color="gray")
+    left.legend(), right.legend()
+    P.tell_apart(fig)
+    assert [line.get_marker() for line in left.lines] == ["None", "s", "D", "None", "None", "None"]
+    assert [line.get_markevery() for line in left.lines][:3] == [None, 0.15, 0.15]
+    assert [line.get_marker() for line in left.get_legend().legend_handles] == ["None", "s", "D"]
+    assert [line.get_marker() for line in right.lines] == ["o", "s"] and right.lines[1].get_markevery() is None
+    shapes = [c.get_paths()[0].vertices.tobytes() for c in right.collections]
+    keys = [h.get_paths()[0].vertices.tobytes() for h in right.get_legend().legend_handles]
+    assert len(set(shapes)) == 3 and keys == shapes
+    P.tell_apart(fig)
+    assert [line.get_marker() for line in left.lines][:4] == ["None", "s", "D", "None"]
+    assert [c.get_paths()[0].vertices.tobytes() for c in right.collections] == shapes
+    fig, ax = P.figure()
+    for i in range(20):  # a family colored by a scale stays a family
+        ax.plot(x, i * x, color=matplotlib.colormaps["viridis"](i / 20))
+    P.tell_apart(fig)
+    assert {line.get_marker() for line in ax.lines} == {"None"}
+
+
+def test_alt_text_says_what_a_figure_consists_of():
+    fig, axes = P.figure(2, 3)
+    axes[0, 0].plot([0, 1], label="a line"), axes[0, 0].legend()
+    axes[0, 0].set(xlabel="step", ylabel="loss (nats)", title="training")
+    axes[0, 1].imshow([[1, 2]])
+    axes[0, 2].bar([1, 2], [3, 4])
+    axes[1, 0].scatter([1], [2])
+    axes[1, 1].plot([1]), axes[1, 2].plot([2])
+    assert P.contents(fig) == ("Picture. Lines: training: loss (nats) against step: a line. Image. Bars. "
+                               "Points or areas. And 2 more like these.")  # fmt: skip
+    d = P.Diagram()
+    d.box("two\nlines", right=d.box("norm"))
+    assert P.contents(d.figure) == "Picture. Diagram of norm, two lines."
+    assert P.contents(P.figure()[0]) == "Picture. It is described below."
+
+
 def test_outside_jupyter_the_figure_is_only_closed(capsys):
     fig = line()
     assert P.show(fig, alt=ALT) is None
@@ -79,7 +159,10 @@ def test_a_picture_is_small_and_has_a_palette():
     assert image.format == "PNG" and image.mode == "P" and len(image.getcolors(256)) <= 256
     assert image.size == (480, 272)  # inches times 80 dpi
     assert len(data) < 40_000 and data == noise()
-    assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert image.convert("RGB").getpixel((3, 3)) == (255, 255, 255)
+    frame = [image.convert("L").getpixel(corner) for corner in ((0, 0), (479, 0), (0, 271), (479, 271))]
+    assert all(140 < gray < 230 for gray in frame)  # seen on a white page and on a dark one
+    assert P.png(line(), colors=0) != P.png(line()) and len(P.png(line(), colors=0)) > len(P.png(line()))
     assert len(P.png(line())) < 10_000
 
 
@@ -89,14 +172,15 @@ def test_in_jupyter_picture_and_caption_carry_the_description(notebook):
     assert not plt.fignum_exists(fig.number) and len(handles) == 2
     (picture, options), (words, _) = notebook
     assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
-    assert picture["text/plain"] == f"Figure: {ALT}" and options["metadata"] == {"image/png": {"alt": ALT}}
+    assert picture["text/plain"] == f"Figure: {ALT}"
+    assert options["metadata"] == {"image/png": {"alt": "Picture. Lines."}}
     assert words["text/markdown"] == f"*{ALT}*" and words["text/plain"] == ALT
     assert all(o["raw"] for _, o in notebook)
 
     again = "a falling straight line"
     assert P.place(line(), again, handles) is handles and len(notebook) == 2
     (data, options), (words, _) = handles[0].updates[0], handles[1].updates[0]
-    assert options["metadata"]["image/png"]["alt"] == again and again in words["text/markdown"]
+    assert options["metadata"]["image/png"]["alt"] == "Picture. Lines." and again in words["text/markdown"]
     assert "image/png" in data
     assert P.show(line(), alt=ALT) is None and len(notebook) == 4  # nothing that a cell's last line would print
 
@@ -278,7 +362,7 @@ def test_a_diagram_is_cut_to_what_it_shows():
     assert 6 < width < 6.4 and 5.8 < height < 6.4
     image = Image.open(io.BytesIO(P.png(d.figure))).convert("L")
     assert image.size == pytest.approx((width * 80, height * 80), abs=1)
-    edge = np.array(image)
+    edge = np.array(image)[2:-2, 2:-2]  # within the frame
     assert edge[0].min() == edge[-1].min() == edge[:, 0].min() == edge[:, -1].min() == 255  # nothing is cut
 
 
@@ -295,12 +379,8 @@ def test_cells_show_groups_without_color_too():
 
 
 def test_tints_carry_black_text():
-    def luminance(color):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-        return np.dot(linear, (0.2126, 0.7152, 0.0722))
-
     for group in range(8):
-        assert (luminance(P.tint(group)) + 0.05) / 0.05 > 4.5  # WCAG's contrast for text
+        assert 21 / contrast(P.tint(group)) > 4.5  # WCAG's contrast for text
 
 
 def test_mask_shows_kinds_by_color_and_letter():

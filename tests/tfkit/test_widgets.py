@@ -1,12 +1,18 @@
 """Live controls: checked before anything is drawn, a picture alone when static, redrawn in place when moved."""
 
+import base64
 import functools
+import io
+import json
+import pathlib
+import sys
 
 import IPython
 import IPython.display
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
 from tfkit import plots, widgets
 
@@ -108,7 +114,9 @@ def test_moving_a_control_redraws_in_place(notebook, live):
     assert "frequency 5" in picture.data["text/plain"] and "frequency 5" in words.data["text/markdown"]
     height.value, kind.value, grid.value = 1.5, "square", True
     assert words.data["text/plain"] == "square wave of frequency 5, height 1.5, grid True"
-    assert len(notebook) == 3 and not plt.get_fignums() and picture.data["image/png"] == first  # empty axes look alike
+    assert len(notebook) == 3 and not plt.get_fignums()
+    size = lambda data: Image.open(io.BytesIO(base64.b64decode(data))).size
+    assert size(picture.data["image/png"]) == size(first) == (480, 272)
 
 
 def test_an_error_while_redrawing_is_told_and_the_picture_stays(notebook, live):
@@ -119,6 +127,54 @@ def test_an_error_while_redrawing_is_told_and_the_picture_stays(notebook, live):
     assert message.value == "ArithmeticError: thirteen waves" and "frequency 2" in picture.data["text/plain"]
     frequency.value = 14
     assert message.value == "" and "frequency 14" in picture.data["text/plain"]
+
+
+@pytest.mark.parametrize("fault", ["raises", "a number", "three", "two figures"])
+def test_no_figure_is_left_behind(fault, notebook, live, monkeypatch):
+    def fn(size=2):
+        fig, _ = plots.figure()
+        if size == 5 or fault == "two figures":
+            plots.figure()
+        if size == 5 and fault == "raises":
+            raise ArithmeticError("five")
+        if size == 5 and fault != "two figures":
+            return {"a number": 3, "three": (fig, "words", 3)}[fault]
+        return fig, f"a picture of size {size}"
+
+    other = plt.figure()
+    widgets.explore(fn, size=(1, 9))
+    assert plt.get_fignums() == [other.number]
+    size, message = notebook[0].children
+    size.value = 5
+    assert plt.get_fignums() == [other.number] and bool(message.value) is (fault != "two figures")
+    size.value = 6
+    assert plt.get_fignums() == [other.number] and message.value == ""
+    monkeypatch.setenv("TFKIT_STATIC", "1")
+    fn.__defaults__ = (5,)
+    if fault != "two figures":
+        with pytest.raises((ArithmeticError, TypeError)):
+            widgets.explore(fn)
+    assert plt.get_fignums() == [other.number]
+
+
+@pytest.mark.parametrize("seconds, follows", [(0.0, True), (0.2, False)])
+def test_a_slow_drawing_waits_until_the_slider_is_let_go(seconds, follows, notebook, live, monkeypatch):
+    clock = iter([10.0, 10.0 + seconds])
+    monkeypatch.setattr(widgets.time, "process_time", lambda: next(clock))
+    widgets.explore(wave, **CONTROLS)
+    frequency, height, *_ = notebook[0].children
+    assert frequency.continuous_update is height.continuous_update is follows
+
+
+def test_jupyterlab_keeps_the_controls_with_the_notebook():
+    """Reopened without its state, a control says "Error displaying widget"."""
+    root = pathlib.Path(__file__).parents[2]
+    settings = json.loads((root / ".ci/lab/overrides.json").read_text())
+    assert settings["@jupyter-widgets/jupyterlab-manager:plugin"] == {"saveState": True}
+    name = "share/jupyter/labextensions/@jupyter-widgets/jupyterlab-manager/schemas/@jupyter-widgets/jupyterlab-manager"
+    schema = pathlib.Path(sys.prefix, name, "plugin.json")
+    if schema.exists():  # where JupyterLab is installed, it knows this setting
+        assert json.loads(schema.read_text())["properties"]["saveState"]["type"] == "boolean"
 
 
 def test_steps_and_names_with_underscores(notebook, live):

@@ -64,7 +64,7 @@ def readme_picture(notebooks: Path = NOTEBOOKS) -> bytes:
     """The picture of README.md: the last attention map that chapter 02 stored."""
     cells = json.loads(find("02", notebooks).read_text(encoding="utf-8"))["cells"]
     outputs = [out for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
-    maps = [o for o in outputs if "Cross-attention" in o["metadata"]["image/png"]["alt"]]
+    maps = [o for o in outputs if "Cross-attention" in "".join(o["data"]["text/plain"])]
     return base64.b64decode("".join(maps[-1]["data"]["image/png"]))
 
 
