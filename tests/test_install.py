@@ -202,6 +202,12 @@ def test_in_the_checkout_the_kernels_have_one_copy_under_two_names():
     assert done.stdout.split() == [str(ours), str(ours), "kernels.rotary", "tfkit.kernels.nothing", "True", "True"]
 
 
+@pytest.mark.parametrize("name", ["kernels.bench", "tfkit.kernels.bench"])
+def test_the_benchmark_runs_under_both_names(name):
+    done = run(sys.executable, "-m", name, "--help", cwd=ROOT)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
 def test_beside_another_package_called_kernels_both_work(tmp_path):
     """Hugging Face publishes one, and transformers imports it where it is there."""
     theirs = tmp_path / "kernels" / "__init__.py"
@@ -425,6 +431,20 @@ def test_where_uv_is_missing_and_needed_pip_brings_it(checkout):
     first, second = calls(checkout).splitlines()
     assert first.endswith("install --disable-pip-version-check -c constraints.txt uv")
     assert second.startswith("uv pip install") and "--torch-backend cpu" in second
+
+
+def test_what_was_installed_under_the_old_name_leaves(checkout):
+    python = fake_python(checkout, "true")
+    setup(checkout, PYTHON=python)
+    assert "uninstall" not in calls(checkout)
+    old = checkout / ".venv" / "lib" / "python3.12" / "site-packages" / "tfkit-0.1.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "direct_url.json").touch()
+    (checkout / ".venv" / ".installed").write_text("123 45", encoding="utf-8")
+    assert setup(checkout, PYTHON=python).returncode == 0
+    first, second = calls(checkout).splitlines()
+    assert first.endswith("-m pip uninstall --yes tfkit")
+    assert "install --disable" in second and "uv" not in second
 
 
 def test_a_folder_that_cannot_be_written_gets_one_plain_sentence(checkout):

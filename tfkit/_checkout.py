@@ -25,8 +25,8 @@ class Kernels(MetaPathFinder, Loader):
         top = sys.modules.get("kernels") or importlib.util.find_spec("kernels")
         origin = getattr(top, "__file__", None) or getattr(top, "origin", None)
         if origin and Path(origin).resolve().parent == FOLDER:
-            if importlib.util.find_spec(name.removeprefix("tfkit.")):
-                return importlib.util.spec_from_loader(name, self)
+            if found := importlib.util.find_spec(name.removeprefix("tfkit.")):
+                return importlib.util.spec_from_loader(name, self, origin=found.origin)
         elif name == "tfkit.kernels":  # `kernels` is somebody else's here, or nobody's
             file = FOLDER / "__init__.py"
             return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(FOLDER)])
