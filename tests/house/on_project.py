@@ -60,7 +60,7 @@ def small_helpers(root: Path) -> Iterator[str]:
 def arrows_between_packages(root: Path) -> Iterator[str]:
     for path in helpers(root):
         for name in imported(ast.parse((root / path).read_text(encoding="utf-8"))):
-            if re.match(r"(tfkit\.zoo|\.+zoo|kernels)\b", name):
+            if re.match(r"(tfkit\.zoo|\.+zoo|(tfkit\.)?kernels)\b", name):
                 yield f"{path} imports {name}; helpers know neither chapters nor kernels"
             if re.match(r"(tfkit\.|\.+)authoring\b", name) and not path.startswith("tfkit/authoring/"):
                 yield f"{path} imports {name}; only the Makefile and tests use tfkit.authoring"
