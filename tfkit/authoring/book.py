@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tfkit.authoring import reference
 from tfkit.authoring.files import NOTEBOOKS, ROOT
 from tfkit.papers import chapters
 
@@ -59,6 +60,9 @@ def build(folder: Path | str, notebooks: Path | str = NOTEBOOKS) -> Path:
         for path in paths:
             shutil.copy(path, source / "downloads")
             (source / path.name).write_text(json.dumps(page(path)), encoding="utf-8")
+        (source / "reference").mkdir()
+        for name, text in reference.pages(known={path.stem for path in paths}).items():
+            (source / f"{name}.md").write_text(text, encoding="utf-8")
         made = Path(place) / "made"
         status = main(["-q", "-b", "html", "-W", "--keep-going", "-w", str(log), str(source), str(made)])
         if status:
@@ -105,6 +109,7 @@ def index(paths: list[Path]) -> str:
         f"```{{toctree}}\n:caption: {part}\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```"
         for part, names in parts.items()
     ]
+    trees.append("```{toctree}\n:caption: Reference\n:maxdepth: 2\n\nreference/index\n```")
     return "\n\n".join([words.strip(), "Every page is a notebook. To run and change it: `make lab`.", *trees])
 
 
