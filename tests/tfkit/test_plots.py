@@ -203,6 +203,7 @@ def test_attention_map():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["the", "\u2423", "\\n"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "\\$", "d"]
     assert "key" in ax.get_xlabel() and "query" in ax.get_ylabel() and ax.get_title() == "head 1"
+    assert not any(spine.get_visible() for spine in ax.spines.values())
     assert P.attention_map(weights, ax=ax, limit=2).images[-1].get_clim() == (0, 2)
     assert P.attention_map(torch.zeros(2, 2)).images[0].get_clim() == (0, 1)
     ax.figure.canvas.draw()

@@ -381,6 +381,7 @@ def rank(number, port, folder, queue):
         raise
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same_weights_as_one(tmp_path, capfd):
     spawn = multiprocessing.get_context("spawn")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port

@@ -157,7 +157,7 @@ def test_no_figure_is_left_behind(fault, notebook, live, monkeypatch):
     assert plt.get_fignums() == [other.number]
 
 
-@pytest.mark.parametrize("seconds, follows", [(0.0, True), (0.2, False)])
+@pytest.mark.parametrize("seconds, follows", [(0.0, True), (0.04, True), (0.06, False)])
 def test_a_slow_drawing_waits_until_the_slider_is_let_go(seconds, follows, notebook, live, monkeypatch):
     clock = iter([10.0, 10.0 + seconds])
     monkeypatch.setattr(widgets.time, "process_time", lambda: next(clock))
