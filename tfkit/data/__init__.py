@@ -5,8 +5,14 @@ takes a `seed`, leaves the global random state alone and returns the same tensor
 """
 
 # ruff: noqa: F403  each module lists its public names in __all__
+from tfkit.data.graphs import *
 from tfkit.data.images import *
+from tfkit.data.restoration import *
+from tfkit.data.scenes import *
 from tfkit.data.series import *
+from tfkit.data.shapes import *
+from tfkit.data.sound import *
 from tfkit.data.tasks import *
 from tfkit.data.text import *
 from tfkit.data.tokens import *
+from tfkit.data.video import *

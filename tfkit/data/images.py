@@ -221,6 +221,8 @@ def crops(count: int = 2000, test: int = 500, size: int = 32, jitter: float = 1.
     The classes are the keys of `CROPS`, each with the same number of images, in random order. Crops for training and
     for testing come from regions without a common pixel; each is turned, mirrored and scaled at random, its colors are
     jittered, and of three views the flattest (sky, shadow) is left out. A size of 32 is size 64 averaged over 2 by 2.
+    Test accuracy after 300 steps of batch 64 at size 32: linear layer 24%, small convolution net 73 to 83%, small ViT
+    76%; nearest neighbor by pixels 33 to 37%, by mean color 23%.
     Raises ValueError when `count` or `test` is no multiple of ten, or `size` does not divide 64.
     """
     at_least(len(CROPS), count=count, test=test)
@@ -262,8 +264,9 @@ def colored_digits(size: int = 32, test: float = 0.2, contrast: float = 0.5, see
     """The 1,797 real digits, enlarged, in a random color upon a random real photograph: x (b, 3, size, size) in [0, 1].
 
     The ink covers the photograph by the digit's own gray value. Its color differs from the mean of the photograph
-    below by `contrast` in each channel, upwards or downwards. Labels 0..9; writers are split as in `digits`, and the
-    photographs of the two parts share no pixel. Raises ValueError as `digits` and `patches` do.
+    below by `contrast` in each channel, upwards or downwards. Labels 0..9; the parts share neither a digit, split as in
+    `digits`, nor a pixel of the photographs. Nearest neighbor by pixels reads 66 to 71% of the test part, with contrast
+    0.25 about 34%. Raises ValueError as `digits` and `patches` do.
     """
     between(0, 1, contrast=contrast)
     split, rng, parts = digits(test, seed), generator(seed), []

@@ -5,21 +5,23 @@ Token tensors are int64.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib
 import inspect
 import string
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tfkit.data._base import generator, share
+from tfkit.data._base import at_least, generator, one_of, share
 from tfkit.data.tokens import BytePair
 
-__all__ = ["CHARACTERS", "Bytes", "Characters", "Corpus", "corpus", "text", "windows"]
+__all__ = ["CHARACTERS", "NAMES", "Bytes", "Characters", "Corpus", "corpus", "dates", "names", "text", "windows"]
 
 # The characters a text may contain. Fixed, so that no number depends on the Python version that supplies the text.
 CHARACTERS = "\n" + "".join(sorted(string.printable[:95]))
@@ -111,11 +113,65 @@ def corpus(
 
 
 def windows(ids: Int[Tensor, "n"], length: int, size: int, seed: int = 0):
-    """Endless batches for a language model: inputs (size, length) and the same windows one token later."""
+    """Endless batches for a language model: inputs (size, length) and the same windows one token later, int64.
+
+    ids   a tensor, or a NumPy array such as a memory-mapped file of uint16, of which only the windows are read
+    """
+    at_least(1, size=size)
     if not 1 <= length < len(ids):
         raise ValueError(f"length must be between 1 and {len(ids) - 1}, one less than the text; got {length}")
     rng = generator(seed)
-    steps = torch.arange(length)
+    steps = torch.arange(length + 1)
     while True:
         start = torch.randint(len(ids) - length, (size, 1), generator=rng)  # (size, 1)
-        yield ids[start + steps], ids[start + steps + 1]
+        place = start + steps
+        read = ids[place] if isinstance(ids, Tensor) else torch.from_numpy(ids[place.numpy()].astype("int64"))
+        yield read[:, :-1].clone(), read[:, 1:].clone()  # a reader may write into one
+
+
+# what: the attribute of a Babel locale that holds it
+NAMES = {"countries": "territories", "languages": "languages", "months": "months", "days": "days"}
+
+
+def names(kind: str = "countries", languages: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
+    """Real names in many languages: ("de", "FR", "Frankreich") is language, key, name. Source: Unicode CLDR, in Babel.
+
+    kind       "countries" (key: two letters), "languages" (its code), "months" (1 to 12), "days" (0, Monday, to 6)
+    languages  codes such as "de"; all that Babel knows, more than 200 with their own names, when None (takes seconds)
+    Raises ValueError for an unknown kind or language.
+    """
+    one_of("names", kind, NAMES)
+    from babel import Locale, localedata
+
+    known = [code for code in sorted(localedata.locale_identifiers()) if "_" not in code and code != "root"]
+    for code in languages or ():
+        if code not in known:
+            raise ValueError(f"Babel knows no language {code!r}; it knows {len(known)} such as de, ja, sw")
+    table = lambda code: getattr(Locale(code), NAMES[kind])
+    read = (lambda code: table(code)["format"]["wide"]) if kind in ("months", "days") else table
+    inherited, found = dict(read("root")), []  # what a language without names of its own would show
+    for code in languages or known:
+        own = {str(key): name for key, name in read(code).items() if inherited.get(key) != name}
+        found += [(code, key, name) for key, name in own.items() if kind != "countries" or key.isalpha()]
+    return found
+
+
+def dates(
+    count: int, languages: Sequence[str] = ("en", "de", "fr", "ja", "ar"), seed: int = 0
+) -> list[tuple[str, str]]:
+    """Dates as people write them, and as ISO 8601 does: ("3. April 1987", "1987-04-03"); a task of translation.
+
+    Days from 1950 to 2049, each in a random language and one of Babel's formats medium, long and full.
+    """
+    at_least(1, count=count)
+    names("days", languages)  # refuses what Babel does not know
+    from babel.dates import format_date
+
+    rng, first = generator(seed), datetime.date(1950, 1, 1)
+    draw = lambda high: int(torch.randint(high, (1,), generator=rng))
+    out = []
+    for _ in range(count):
+        day = first + datetime.timedelta(draw(36525))
+        form = ("medium", "long", "full")[draw(3)]
+        out.append((format_date(day, form, locale=languages[draw(len(languages))]), day.isoformat()))
+    return out

@@ -141,9 +141,7 @@ def _signs() -> list[str]:
     return [chr(byte) if byte in visible else chr(next(other)) for byte in range(256)]
 
 
-def pad(
-    sequences: Sequence, value: int = 0, side: str = "right"
-) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+def pad(sequences: Sequence, value: int = 0, side: str = "right") -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
     """Sequences of token ids side by side, as long as the longest: ids (b, n), and True at real tokens (b, n).
 
     side   "right" for training; "left" for prompts that are to be continued

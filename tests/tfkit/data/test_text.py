@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,3 +63,51 @@ def test_windows_are_shifted_by_one():
     first = lambda seed: next(D.windows(ids, 5, 8, seed))[0]
     assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
     assert next(D.windows(torch.arange(3), 2, 4))[1].max() == 2
+
+
+def test_windows_of_a_memory_mapped_file(tmp_path):
+    """uint16 on disk, ids above 32,767 included: the same windows as from a tensor, and only they are read."""
+    ids = np.random.default_rng(0).integers(0, 60_000, 5_000).astype("uint16")
+    ids.tofile(tmp_path / "corpus.bin")
+    mapped = np.memmap(tmp_path / "corpus.bin", dtype="uint16", mode="r")
+    x, y = next(D.windows(mapped, 16, 64, seed=3))
+    expected, _ = next(D.windows(torch.from_numpy(ids.astype("int64")), 16, 64, seed=3))
+    assert x.dtype == torch.int64 and torch.equal(x, expected) and torch.equal(x[:, 1:], y[:, :-1])
+    assert x.max() > 32_767
+    x.zero_()
+    assert y[:, :-1].any()  # writing into the inputs leaves the targets alone
+
+
+def test_names_of_babel():
+    found = {(language, key): name for language, key, name in D.names("countries", ["en", "de", "ja", "sw"])}
+    assert found["de", "FR"] == "Frankreich" and found["ja", "FR"] == "フランス" and found["sw", "FR"] == "Ufaransa"
+    assert sum(language == "en" for language, _ in found) > 250 and all(key.isalpha() for _, key in found)
+    months = D.names("months", ["it"])
+    assert [name for _, _, name in months][:3] == ["gennaio", "febbraio", "marzo"] and len(months) == 12
+    assert ("fr", "0", "lundi") in D.names("days", ["fr"])
+    assert ("es", "de", "alemán") in D.names("languages", ["es"])
+
+
+def test_languages_without_names_of_their_own_are_left_out():
+    assert not D.names("days", ["ann"]) and not D.names("months", ["arn"])  # Babel would show "Mon" and "M01"
+    many = ["ab", "af", "am", "an", "ar", "as", "ast", "az", "be", "bg", "bn", "cs", "cy", "da", "el", "eu", "fa", "hi"]
+    found = D.names("days", many)
+    assert len(found) == 7 * len(many) and len({name for _, _, name in found}) > 6 * len(many)
+    again = [row for code in reversed(many) for row in D.names("days", [code])]
+    assert sorted(found) == sorted(again)  # the order of asking does not matter
+
+
+def test_dates_by_hand():
+    pairs = D.dates(300, ["en", "de"])
+    assert pairs == D.dates(300, ["en", "de"]) != D.dates(300, ["en", "de"], seed=1)
+    months = {name: int(key) for _, key, name in D.names("months", ["en", "de"])}
+    checked = 0
+    for written, iso in pairs:
+        year, month, day = map(int, iso.split("-"))
+        assert 1950 <= year <= 2049 and str(year) in written
+        words = written.replace(",", " ").replace(".", " ").split()
+        named = [word for word in words if word in months]
+        if named:  # April 3, 1987 or 3. April 1987
+            assert months[named[0]] == month and str(day) in words
+            checked += 1
+    assert checked > 150
