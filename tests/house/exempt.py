@@ -79,6 +79,9 @@ EXEMPT = {
     "90_lab": """
         budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
     """,
+    "98_data": """
+        exercise_kinds
+    """,
     "99_atlas": """
         budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
