@@ -1,6 +1,6 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fresh test test-portable test-browser export run check times reseed assignment book lint bench arena readme clean
+.PHONY: help setup lab fresh test test-portable test-browser export chapter run check times reseed assignment book lint bench arena readme clean
 PYTHON ?=
 # TORCH=cpu installs torch without CUDA (Linux); cu126, auto, ... as uv's --torch-backend takes them.
 TORCH ?=
@@ -39,6 +39,9 @@ export: setup  ## write tfkit/zoo from the notebooks
 
 run: setup  ## export one notebook, run it and store its outputs: make run NB=11
 	@$(BIN)/python -m tfkit.authoring run $(NB)
+
+chapter: setup  ## lay out a new chapter: make chapter NB=18 NAME=squared_attention (TITLE="..." PART="...")
+	@$(BIN)/python -m tfkit.authoring chapter $(NB) $(NAME) --title "$(TITLE)" --part "$(PART)"
 
 check: setup  ## export, tests, house rules and notebook of one chapter, one line per finding: make check NB=11
 	@$(BIN)/python -m tfkit.authoring check $(NB)

@@ -16,11 +16,12 @@ RULE = """AssertionError: narrow lines: break the line
     cell 3 ('x') has more than 88 columns
     cell 4 ('y') too
 assert not ['cell 3', 'cell 4']"""
+BODY = "".join(f"E   {line}\n" for line in RULE.splitlines())
 REPORT = "\n".join(
     [
         "<testsuites><testsuite>",
-        case("tests.house.test_rules", "test_chapter[20_x-narrow_lines]", RULE),
-        case("tests.zoo.test_x", "test_a", "assert 384 == 383"),
+        case("tests.house.test_rules", "test_chapter[20_x-narrow_lines]", "cut off", BODY),
+        case("tests.zoo.test_x", "test_a", "assert 384 == 383: nothing is said"),
         case("notebooks/20_x.ipynb", "Cell 3", "", "Notebook cell execution failed\nE  the outputs differ"),
         '<testcase classname="tests.zoo.test_x" name="test_b"/>',
         "</testsuite></testsuites>",
@@ -32,7 +33,7 @@ def test_each_problem_of_a_rule_and_each_failed_test_is_one_line():
     assert checking.findings(REPORT) == [
         "narrow lines: cell 3 ('x') has more than 88 columns. To mend it: break the line",
         "narrow lines: cell 4 ('y') too. To mend it: break the line",
-        "tests/zoo/test_x::test_a: assert 384 == 383",
+        "tests/zoo/test_x::test_a: assert 384 == 383: nothing is said",
         "notebooks/20_x/ipynb::Cell 3: the outputs differ",
     ]
 

@@ -125,7 +125,9 @@ def light_import(root: Path) -> Iterator[str]:
         "babel",
         "tokenizers",
     )
-    command = f"import sys; sys.path[:0] = [{str(root)!r}]; import tfkit; print(*(set({heavy}) & set(sys.modules)))"
+    command = (
+        f"import sys; sys.path[:0] = [{str(root)!r}]; import tfkit; print(*(set({heavy!r}.split()) & set(sys.modules)))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=root
     ).stdout.split()

@@ -56,3 +56,11 @@ def offline(chapter: Chapter) -> Iterator[str]:
             yield f"{where(cell)} shows something remote: {found[0][:60]!r}"
         if cell["cell_type"] == "code" and (found := re.search(FETCHES, cell["source"])):
             yield f"{where(cell)} fetches or installs something: {found[0].strip()[:60]!r}"
+
+
+@chapter_rule("write what the sentence asks for in its place", replace("Prose.", "Replace this: say why."))
+def placeholders(chapter: Chapter) -> Iterator[str]:
+    """Nothing is left of the text that `make chapter` lays out for the author."""
+    for cell in chapter.cells:
+        if found := re.search(r"replace this:[^\n]*", cell["source"], re.I):
+            yield f"{where(cell)} still says {found[0][:60]!r}"

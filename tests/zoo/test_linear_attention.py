@@ -37,6 +37,12 @@ def seed(request):
     return request.param
 
 
+def in_double(kind, e):
+    """A feature map in float64: forms that are equal differ by roundings alone, whatever their denominators are."""
+    phi = FEATURES[kind](e)
+    return phi.double() if isinstance(phi, torch.nn.Module) else phi
+
+
 def by_map(q, k, v, mask=None):
     """Weights q_i . k_j, masked (or multiplied), normalized; rows without weights give zeros."""
     weights = q @ k.mT
@@ -51,26 +57,27 @@ def by_map(q, k, v, mask=None):
 @sizes
 @features
 def test_two_sided_form_equals_the_map(seed, kind, b, h, n, e):
-    phi = FEATURES[kind](e)
-    q, k, v = torch.randn(b, h, n, e), torch.randn(b, h, n + 3, e), torch.randn(b, h, n + 3, e + 1)
+    phi = in_double(kind, e)
+    shapes = (n, e), (n + 3, e), (n + 3, e + 1)
+    q, k, v = (torch.randn(b, h, *shape, dtype=torch.float64) for shape in shapes)
     slow = lambda q, k, v: by_map(phi(q, 3), phi(k, 0), v)
-    assert contracts.reduces_to(z.Featured(phi), slow, q, k, v, atol=3e-5)
+    assert contracts.reduces_to(z.Featured(phi), slow, q, k, v, atol=1e-9)
 
 
 @sizes
 @features
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_parallel_chunked_and_recurrent_agree(seed, kind, b, h, n, e, chunk):
-    phi = FEATURES[kind](e)
-    q, k, v = torch.randn(3, b, h, n, e).unbind(0)
+    phi = in_double(kind, e)
+    q, k, v = torch.randn(3, b, h, n, e, dtype=torch.float64).unbind(0)
     slow = lambda q, k, v: by_map(phi(q, 0), phi(k, 0), v, causal_mask(n))
     chunked = z.Featured(phi, partial(z.causal_feature_attention, chunk=chunk))
-    assert contracts.reduces_to(chunked, slow, q, k, v, atol=3e-5)
+    assert contracts.reduces_to(chunked, slow, q, k, v, atol=1e-9)
     running = z.Running(chunked)
     pieces = [running(*piece) for piece in zip(*(t.split([2, 1, n - 3], -2) for t in (q, k, v)), strict=True)]
-    assert torch.allclose(torch.cat(pieces, -2), slow(q, k, v), atol=3e-5)
+    assert torch.allclose(torch.cat(pieces, -2), slow(q, k, v), atol=1e-9)
     last = chunked(q[..., -2:, :], k, v)
-    assert torch.allclose(last, slow(q, k, v)[..., -2:, :], atol=3e-5)
+    assert torch.allclose(last, slow(q, k, v)[..., -2:, :], atol=1e-9)
 
 
 def test_a_chunk_that_sees_itself_twice_is_caught(seed, monkeypatch):

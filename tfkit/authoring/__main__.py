@@ -51,6 +51,15 @@ def run(given) -> None:
             sys.exit(f"{path.name} stops:\n{error}")
 
 
+def chapter(given) -> None:
+    from tfkit.authoring import chapter
+
+    if len(given.names) != 2:
+        sys.exit("a chapter needs a number and a name: make chapter NB=18 NAME=squared_attention")
+    for path in chapter.chapter(*given.names, title=given.title, part=given.part):
+        print(path.relative_to(ROOT))
+
+
 def check(given) -> None:
     from tfkit.authoring import checking
 
@@ -123,7 +132,10 @@ def fresh(given) -> None:
     lab.fresh(given.names)
 
 
-COMMANDS = {f.__name__: f for f in (export, run, check, times, reseed, portable, readme, assignment, book, lab, fresh)}
+COMMANDS = {
+    f.__name__: f
+    for f in (chapter, export, run, check, times, reseed, portable, readme, assignment, book, lab, fresh)
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("names", nargs="*", help="chapter numbers or names; for `portable` the tests to run")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds `reseed` tries")
+    parser.add_argument("--title", default="", help="of a new chapter; else its name")
+    parser.add_argument("--part", default="", help="of the course in which a new chapter stands; else that before it")
     given = parser.parse_args(arguments)
     try:
         COMMANDS[given.command](given)

@@ -53,20 +53,16 @@ def findings(report: str) -> list[str]:
     lines = []
     for case in ElementTree.fromstring(report).iter("testcase"):
         for failed in [*case.findall("failure"), *case.findall("error")]:
-            said = [line.strip() for line in failed.get("message", "").splitlines() if line.strip()]
-            said = [re.sub(r"^(AssertionError|Failed|E): ?", "", line) for line in said]
-            said = [line for line in said if not line.startswith("assert not [")] or ["(it says nothing)"]
+            body = [line[1:] for line in (failed.text or "").splitlines() if line.startswith("E ")]
+            said = [line.strip() for line in body or failed.get("message", "").splitlines() if line.strip()]
+            said = [re.sub(r"^(AssertionError|Failed): ?", "", line) for line in said]
+            said = [line for line in said if not line.startswith("assert not [")] or [failed.get("message", "")]
             place = f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}"
             if "tests/house/test_rules" in place and len(said) > 1:
                 rule, _, mend = said[0].partition(": ")
                 lines += [f"{rule}: {problem}. To mend it: {mend}" for problem in said[1:]]
             else:
-                body = [line[1:].strip() for line in (failed.text or "").splitlines() if line.startswith("E ")]
-                lines.append(
-                    f"{place}: {' '.join(said[:2])[:300]}"
-                    if said != ["(it says nothing)"]
-                    else f"{place}: {' '.join(body)[:300]}"
-                )
+                lines.append(f"{place}: {' '.join(said[:2])[:300]}")
     return lines
 
 
