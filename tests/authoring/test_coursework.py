@@ -1,6 +1,10 @@
 """Coursework: both versions of every chapter are what nbgrader reads, and the students' one gives nothing away."""
 
+import copy
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -69,7 +73,7 @@ def test_the_instructor_gets_the_solution_in_its_place(small):
     )
     assert test.metadata.nbgrader.points == 4 and test.metadata.nbgrader.locked and not test.metadata.nbgrader.solution
     assert answer.metadata.nbgrader.solution and not answer.metadata.nbgrader.grade
-    assert "### BEGIN HIDDEN TESTS" in test.source and "# - some numbers" in test.source
+    assert "### BEGIN HIDDEN TESTS" in test.source and "# - some numbers" in test.source and "_twice" not in test.source
     assert len(small.cells) == 5 and small.cells[2].source == STUB  # the chapter itself is untouched
 
 
@@ -105,6 +109,105 @@ def test_nbgrader_passes_the_instructor_and_fails_the_untouched_and_the_wrong(sm
     assert verdict(handed_out, tmp_path) == 1
     answer.source = "def twice(x):\n    return 2 * x"
     assert verdict(handed_out, tmp_path) == 0
+
+
+SHELL = """
+import json, os, sys
+from IPython.core.interactiveshell import InteractiveShell
+setup, test, attempts, file = json.loads(sys.stdin.read())
+shell = InteractiveShell.instance()
+sys.modules["__main__"] = shell.user_module
+shell.run_cell(setup, store_history=True).raise_error()
+for name, answer in attempts.items():
+    if os.fork() == 0:  # a process of its own, since an attempt may spoil all that it shares
+        out = open(file, "a")
+        shell.run_cell(answer, store_history=True)
+        result = shell.run_cell(test, store_history=True)
+        print(json.dumps([name, repr(result.error_before_exec or result.error_in_exec or "")]), file=out, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+GOOD = "def twice(x):\n    return 2 * x"
+RIGHT = {
+    "plain": GOOD,
+    "a raise left below": GOOD + "\n    raise NotImplementedError()",
+    "a helper": "def half(x):\n    return x / 2\n\ndef twice(x):\n    return 4 * half(x)",
+    "a name rebound above": "torch = Case = None\n" + GOOD,
+    "a lambda": "twice = lambda x: 2 * x",
+    "an attribute called eval": "def twice(x):\n    torch.nn.Identity().eval()\n    return x + x",
+}
+WRONG = {
+    "the stub": STUB,
+    "none": "def twice(x):\n    return None",
+    "a wrong answer": "def twice(x):\n    return 3 * x",
+    "check replaced": "tfkit.check = lambda *a, **k: True\ndef twice(x):\n    return None",
+    "the parts of check replaced": (
+        "tfkit.exercises._difference = tfkit.exercises._attempt = lambda *a: ''\n"
+        "tfkit.exercises.judge = lambda *a, **k: True\ndef twice(x):\n    return None"
+    ),
+    "the hidden reference": "def twice(x):\n    return _twice(x)",
+    "the reference by globals": "def twice(x):\n    return globals()['_twice'](x)",
+    "the reference by frames": (
+        "import sys\ndef twice(x):\n    f = sys._getframe()\n    while 'expected' not in f.f_locals:\n"
+        "        f = f.f_back\n    return f.f_locals['expected']"
+    ),
+    "code made from text": "exec('def twice(x):\\n    return 2 * x')",
+    "the answer read from a file": "def twice(x):\n    exec(open(tfkit.__file__).read())\n    return 2 * x",
+    "the cells read": "def twice(x):\n    return eval(In[-1][-5:]) or 2 * x",
+    "torch replaced": (
+        "torch.where = lambda *a: torch.zeros(1)\ntorch.Tensor.abs = lambda t: 0 * t\n"
+        "torch.Tensor.max = lambda t, *a: torch.zeros(())\ndef twice(x):\n    return x"
+    ),
+    "a class that reads": (
+        "class Reader:\n    def __call__(self, x):\n        open('x')\n        return 2 * x\n\ntwice = Reader()"
+    ),
+    "always equal": (
+        "class Yes(torch.Tensor):\n    @classmethod\n"
+        "    def __torch_function__(cls, f, t, a=(), k=None):\n        return torch.zeros(())\n\n"
+        "def twice(x):\n    return x.as_subclass(Yes)"
+    ),
+    "the first seeds remembered": (
+        "known = {}\nfor seed in range(100):\n"
+        "    x = torch.randn(3, generator=torch.Generator().manual_seed(seed))\n    known[x[0].item()] = 2 * x\n"
+        "def twice(x):\n    return known.get(x[0].item(), x)"
+    ),
+}
+
+
+def test_an_adversary_gains_nothing_and_right_work_loses_nothing(small, tmp_path):
+    _, test = graded(coursework.instructor(small))
+    file = tmp_path / "verdicts"
+    given = json.dumps([small.cells[0].source, test.source, RIGHT | WRONG, str(file)])
+    done = subprocess.run([sys.executable, "-c", SHELL], input=given, capture_output=True, text=True, timeout=300)
+    assert file.exists(), done.stderr[-2000:]
+    said = dict(json.loads(line) for line in file.read_text().splitlines())
+    assert set(said) == set(RIGHT | WRONG), done.stdout[-2000:] + done.stderr[-2000:]
+    assert {name: said[name] for name in RIGHT if said[name] != "''"} == {}
+    assert [name for name in WRONG if said[name] == "''"] == []
+    told = {
+        "a wrong answer": "Three times.",
+        "torch replaced": "was replaced",
+        "code made from text": "not written in a cell",
+        "the reference by frames": "does not use _getframe, f_back",
+    }
+    for name, words in told.items():
+        assert words in said[name], said[name]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda cells: cells[1].update(source="### Exercise 1"), "twice is worth as many points as it is difficult"),
+        (lambda cells: cells.pop(4), "twice has no solution"),
+        (lambda cells: cells.pop(3), "1 exercises and 0 checks"),
+        (lambda cells: cells.extend(copy.deepcopy(cells[1:])), "two exercises ask for twice"),
+        (lambda cells: cells[3].update(source="1 + 1"), "should call tfkit.check once"),
+    ],
+)
+def test_what_would_go_wrong_silently_is_refused(small, change, message):
+    change(small.cells)
+    with pytest.raises(ValueError, match=message):
+        coursework.instructor(small)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-from tfkit.exercises import OPEN, SEEDS, Case, check
+from tfkit.exercises import OPEN, SEEDS, Case, attempted, check
 
 VALUES = Case("random values", lambda g: (torch.randn(4, 3, generator=g),), hint="Is the sum over the last axis?")
 SINGLE = Case("one column", lambda g: (torch.randn(5, 1, generator=g),))
@@ -173,3 +174,51 @@ def test_tolerance(capsys):
 def test_an_exercise_needs_cases():
     with pytest.raises(ValueError, match="at least one case"):
         check(softmax, softmax, [])
+
+
+def test_the_global_generator_is_left_as_it_was():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    check(lambda x: torch.randn(3) + softmax(x), softmax, CASES)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_answer_that_only_says_it_is_equal(capsys):
+    class Yes:
+        __eq__ = lambda self, other: True
+        __hash__ = None
+
+    class Number(int):
+        __eq__ = lambda self, other: True
+        __hash__ = int.__hash__
+
+    class Always(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return torch.zeros(())
+
+    size = lambda x: x.numel()
+    for answer in (Yes(), Number(3)):
+        failed(lambda x, answer=answer: answer, capsys, "should return one int", reference=size)
+    failed(lambda x: torch.rand(x.shape).as_subclass(Always), capsys, "should return a tensor, and returns Always")
+    assert attempt(lambda x: np.int64(x.numel()), capsys, reference=size)
+    assert attempt(lambda x: torch.nn.Parameter(x.softmax(-1)), capsys)
+
+
+def stub(x):
+    """What to do."""
+    raise NotImplementedError("your turn")
+
+
+def nothing(x):
+    return None
+
+
+def left_below(x):
+    return x
+    raise NotImplementedError()
+
+
+def test_attempted_looks_at_what_a_function_does_first():
+    assert not attempted(stub) and not attempted(nothing)
+    assert attempted(left_below) and attempted(len) and attempted(softmax)
