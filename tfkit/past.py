@@ -39,7 +39,8 @@ class State(dict):
 
     def __init__(self):
         super().__init__()
-        self._room: dict[str, tuple[Tensor, Tensor, int]] = {}  # a larger tensor, what of it is in use, and where that ends
+        # A larger tensor, what of it is in use, and where that ends.
+        self._room: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def append(self, name: str, piece: Tensor, dim: int = -2, most: float = math.inf) -> Tensor:
         """What was kept under `name` and then `piece`, along axis `dim`; of both the last `most` are kept.
