@@ -132,7 +132,7 @@ def light_import(root: Path) -> Iterator[str]:
         "tokenizers",
     )
     command = (
-        f"import sys; sys.path[:0] = [{str(root)!r}]; import tfkit; print(*(set({heavy!r}.split()) & set(sys.modules)))"
+        f"import sys; sys.path[:0] = [{str(root)!r}]; import tfkit; print(*(set({heavy!r}) & set(sys.modules)))"
     )
     found = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=root

@@ -45,8 +45,7 @@ def dct(x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
 @in_float32
 def idct(y: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     """The inverse of `dct`: x_j = sum_k c_k y_k cos(pi k (2 j + 1) / (2 n))."""
-    n = y.shape[-1]
-    half = (n + 1) // 2
+    n, half = y.shape[-1], (y.shape[-1] + 1) // 2
     y = torch.cat([y[..., :1] * 2**0.5, y[..., 1:]], -1)
     sines = F.pad(-y[..., 1:].flip(-1), (1, 0))
     k = torch.arange(n, device=y.device, dtype=y.dtype)
