@@ -60,9 +60,20 @@ class Paper:
         self._say("holds", claim)
 
     def measures(
-        self, claim: str, value: float, *, below: float = math.inf, above: float = -math.inf, unit: str = ""
-    ) -> None:
-        """State a measured number together with the bound that it must keep: above < value < below."""
+        self, claim: str, value: float | tuple[float, float], *, below: float = math.inf, above: float = -math.inf,
+        unit: str = "", noise: float = 1e-6,
+    ) -> None:  # fmt: skip
+        """State a measured number together with the bound that it must keep: above < value < below.
+
+        A ratio is given as its two terms, (a, b) for a / b. ValueError when b is no larger than `noise`, the level of
+        rounding: over such a number every ratio is chance.
+        """
+        if isinstance(value, tuple):
+            over, under = map(float, value)
+            if not abs(under) > noise:  # also catches nan
+                said = f"measures({claim!r}, ...): {over:.3g} over {under:.3g} is a ratio to rounding ({noise:g})"
+                raise ValueError(f"{said}; measure the numbers themselves, or pass noise= for small units")
+            value = over / under
         value = float(value)
         if below == math.inf and above == -math.inf:
             raise ValueError(f"measures({claim!r}, ...) needs a bound: below=, above= or both")

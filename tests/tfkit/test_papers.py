@@ -254,3 +254,16 @@ def test_parents_are_facts():
     named = [row for row in P.papers().values() if row.builds_on]
     assert len(named) > 350 and all("  " not in row.builds_on for row in named)
     assert "Transformer-XL" in P.lookup("rcmha").builds_on
+
+
+def test_a_ratio_to_rounding_is_refused(capsys):
+    paper = P.lookup(next(iter(P.papers())))
+    paper.measures("gain", (6.0, 2.0), above=2.9, below=3.1)
+    paper.measures("nothing over something", (1e-12, 0.5), below=1e-3)
+    paper.measures("small units", (9e-9, 3e-9), above=2.9, noise=1e-12)
+    assert "gain \u27e83\u27e9 (above 2.9 and below 3.1)" in capsys.readouterr().out
+    for terms in ((9.6e-15, 1e-16), (1.0, -1e-6), (1.0, 0.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="'gain'.*is a ratio to rounding.*noise="):
+            paper.measures("gain", terms, above=3)
+    with pytest.raises(AssertionError, match="does not measure"):
+        paper.measures("gain", (1.0, 2.0), above=0.6)

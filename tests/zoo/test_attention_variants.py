@@ -724,3 +724,25 @@ def test_mechanisms_have_one_size():
         module, (x,) = make()
         assert x.shape == (4, 128, 64) and module(x).shape == x.shape, name
     assert next(iter(z.mechanisms)) == "plain attention"
+
+
+@pytest.mark.parametrize("make", [z.Generative, z.GenerativeWithContext])
+def test_generative_in_pieces_and_after_padding(make):
+    mixer, x = make(), torch.randn(2, 9, 4)
+    with remember(mixer) as past:
+        pieces = torch.cat([mixer(piece) for piece in x.split([1, 3, 0, 5], 1)], 1)
+        assert past.numbers() <= 2 * (4 + 1 + 4 + 1), "the last token, and sum and count: however long the text"
+    torch.testing.assert_close(pieces, mixer(x), atol=1e-6, rtol=1e-5)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :3] = False
+    changed = torch.where(real[..., None], x, 7.0)
+    for given in (x, changed):  # left padding: as if the text began at its first real token
+        torch.testing.assert_close(mixer(given, padding_mask(real))[0, 3:], mixer(x[:1, 3:])[0], atol=1e-6, rtol=1e-5)
+    with remember(mixer):  # ... also when it comes in pieces
+        parts = [mixer(t, padding_mask(r)) for t, r in zip(changed.split(2, 1), real.split(2, 1), strict=True)]
+    torch.testing.assert_close(torch.cat(parts, 1)[0, 3:], mixer(x[:1, 3:])[0], atol=1e-6, rtol=1e-5)
+
+
+def test_running_mean_in_16_bits_counts_beyond_256():
+    x = torch.ones(1, 2000, 1, dtype=torch.bfloat16)
+    assert (z.running_mean(x) == 1).all()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
+from tfkit.past import remember
 from tfkit.zoo import sequence_compression as z
 from tfkit.zoo.attention import MultiHeadAttention, attention, causal_attention, causal_mask
 from tfkit.zoo.transformer import Block, FeedForward, Stack, language_model
@@ -85,14 +86,6 @@ def test_blt_own_patch_attention_is_masked_attention(seed):
     assert worst(z.own_patch_attention(q, 5 * k, v, patch), attention(q, 5 * k, v, own).nan_to_num()) < 1e-5
     shifted = z.own_patch_attention(q, k, v, (patch - 1).clamp_min(0))
     assert worst(shifted, exact) > 1e-3
-
-
-@pytest.mark.parametrize("n, window", [(1, 4), (16, 4), (37, 16), (10, 16), (9, 1)])
-def test_window_attention_is_a_band(n, window):
-    q, k, v = torch.randn(3, 2, 2, n, 4).unbind(0)
-    back = torch.arange(n)[:, None] - torch.arange(n)
-    band = causal_mask(n) & (back < window)
-    assert worst(z.window_attention(q, k, v, window=window), attention(q, k, v, band)) < 1e-5
 
 
 RULES = {
@@ -318,14 +311,27 @@ def test_phd_transformer_memory_of_originals(seed, pieces):
     model, ids = z.PHDLanguageModel(20, 16, 2, 2, copies=3), torch.randint(20, (2, 9))
     with torch.no_grad():
         whole, found, start = model(ids), [], 0
-        attends = [block.mix.part.attend for block in model.stack.blocks]
-        for block, attend in zip(model.stack.blocks, attends, strict=True):
-            block.mix.part.attend = attend.remembering()
-        for piece in ids.split(pieces, 1):
-            found.append(model(piece, start=start))
-            start += piece.shape[1]
-        assert worst(torch.cat(found, 1), whole) < 1e-5
-        assert all(block.mix.part.attend.memory[0].shape[2] == 9 for block in model.stack.blocks)
+        with remember(model) as past:
+            for piece in ids.split(pieces, 1):
+                found.append(model(piece, start=start))
+                start += piece.shape[1]
+            assert past.numbers() == 2 * 2 * 2 * 9 * 16, "originals alone: keys and values, layers, texts, tokens, width"
+    assert worst(torch.cat(found, 1), whole) < 1e-5
+    with pytest.raises(ValueError, match="its window of 2 needs hidden copies"):
+        with remember(z.PHDLanguageModel(20, 16, 2, 1, copies=3, make=partial(z.HiddenDecoding, window=2))):
+            pass
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 3], [2, 7]])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_blt_mixer_goes_on_from_an_open_patch(pieces, size):
+    mixer, x = z.patch_mixer(16, 2, size, window=3), torch.randn(2, 9, 16)
+    with torch.no_grad(), remember(mixer) as past:
+        found = torch.cat([mixer(piece) for piece in x.split(pieces, 1)], 1)
+        kept = past.numbers()
+    assert worst(found, mixer(x)) < 1e-5
+    patches, left = divmod(9, size)
+    assert kept == 2 * 16 * (2 * 2 + 2 * patches + left + 1) + 1, "window, patches, the open patch, the last answer"
 
 
 # ---------------------------------------------------------------------------------------------------------- male
@@ -401,7 +407,6 @@ plain_block = lambda: Block(z.SizedAttention(8, 2), FeedForward(8), partial(nn.L
 BAD = {
     "patch size": lambda: z.even_ends(torch.zeros(1, 4).long(), 0),
     "n-gram": lambda: z.ngram_hash(torch.zeros(1, 4).long(), 0, 10),
-    "window": lambda: z.window_attention(*torch.randn(3, 1, 1, 4, 2), window=0),
     "reader heads": lambda: z.PatchReader(10, 3),
     "writer heads": lambda: z.PatchWriter(10, 3),
     "mixer size": lambda: z.PatchMixer(nn.Identity(), nn.Identity(), 0),
@@ -412,7 +417,6 @@ BAD = {
     "chunk": lambda: z.hidden_attention(*torch.randn(3, 1, 1, 4, 2), 2, 1, 0),
     "negative window": lambda: z.hidden_attention(*torch.randn(3, 1, 1, 4, 2), 2, -1),
     "uneven copies": lambda: z.HiddenDecoding(2)(*torch.randn(3, 1, 1, 5, 2)),
-    "window and memory": lambda: z.HiddenDecoding(2, 3).remembering(),
     "bias per query": lambda: z.factored_attention(*torch.randn(3, 4, 2), bias=torch.zeros(4, 4)),
     "limit": lambda: z.LightWhenLong(0),
     "merge": lambda: z.merge_neighbors(torch.randn(1, 6, 2), torch.ones(1, 6), 2),

@@ -1,6 +1,7 @@
 """Chapter 10: every pattern against masked dense attention on random shapes, published models, and broken twins."""
 
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
+from tfkit.past import remember
 from tfkit.zoo import sparse_attention as z
 from tfkit.zoo.attention import (
     MultiHeadAttention,
@@ -698,3 +700,70 @@ def test_mechanisms_have_one_size():
         module, (x,) = make()
         assert x.shape == (4, 128, 64) and module(x).shape == x.shape, name
     assert next(iter(z.mechanisms)) == "plain attention"
+
+
+# ----------------------------------------------------------------------------------------------------- a text in pieces
+
+
+@pytest.mark.parametrize("sizes", [[1, 3, 18], [5, 1, 1, 1, 14], [1] * 9, [8, 8, 14]])
+@pytest.mark.parametrize(
+    "attend, numbers",  # what is kept of n tokens, in vectors of the width: keys and values, or what the docstring says
+    [
+        (z.CausalWindow(4), lambda n: 2 * min(n, 3)),
+        (z.Dilated(z.CausalWindow(3), 2), lambda n: 2 * min(n, 4)),
+        (z.strided_heads(3), lambda n: 2 * n),
+        (z.FixedPattern(4), lambda n: 2 * n),
+        (z.Combiner(4), lambda n: 2 * (n // 4) + 3 * (n % 4)),
+        (z.Replayed(z.logsparse_attention), lambda n: 3 * n),
+    ],
+    ids=["window", "dilated window", "strided", "fixed", "combiner", "logsparse"],
+)
+def test_a_text_in_pieces_is_the_whole_text(attend, numbers, sizes):
+    layer, x = MultiHeadAttention(16, 2, attend=attend), torch.randn(2, sum(sizes), 16)
+    with torch.no_grad(), remember(layer) as past:
+        pieces = torch.cat([layer(piece) for piece in x.split(sizes, 1)], 1)
+        kept = past.numbers()
+    torch.testing.assert_close(pieces, layer(x), atol=1e-5, rtol=1e-5)
+    assert kept // 32 == numbers(sum(sizes)) and kept % 32 <= 1
+
+
+def test_what_sees_the_future_or_sorts_the_whole_text_is_refused():
+    for layer, reason in (
+        (z.LSHAttention(16, 2, chunk=4), "borders of the chunks"),
+        (z.reformer(20, 16, 1, 2), "borders of the chunks"),
+        (z.LongformerAttention(16, 2, 3), "later tokens"),
+        (MultiHeadAttention(16, 2, attend=z.Dilated(z.Window(2), 2)), "later tokens"),
+        (MultiHeadAttention(16, 2, attend=z.HeadHalves(causal_attention, z.BigBird(2, 1))), "later tokens"),
+    ):
+        with pytest.raises(ValueError, match=reason), remember(layer):
+            pass
+
+
+def test_a_written_image_equals_the_image_read_at_once():
+    model = z.sparse_transformer(9, 16, 2, 2, rows=4, columns=3)
+    ids = torch.randint(9, (2, 12))
+    with torch.no_grad(), remember(model):
+        pieces = [model(ids[:, start:stop], start=start) for start, stop in ((0, 1), (1, 5), (5, 12))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="row 5 is asked for, of 4"):
+        model(ids[:, :1], start=12)
+
+
+def test_rules_survive_a_pickle():
+    place = torch.arange(9)
+    for rule in (
+        z.window_rule(2), z.causal_window_rule(3), z.dilated_rule(2, 3), z.global_rule(1),
+        z.either(z.window_rule(1), z.global_rule(2)),
+    ):  # fmt: skip
+        copy = pickle.loads(pickle.dumps(rule))
+        assert torch.equal(copy(place[:, None], place), z.pattern(rule, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hashed_attention_in_16_bits(dtype):
+    qk, v, _ = qkv(1, 2, 24, 8)
+    qk, v = (t.to(dtype) for t in (qk, v))
+    buckets = z.lsh_buckets(qk.float(), torch.randn(2, 2, 8, 2))
+    exact = z.lsh_attention(qk.float(), v.float(), buckets, 4)
+    found = z.lsh_attention(qk, v, buckets, 4)
+    assert found.dtype == dtype and ((found.float() - exact).norm() / exact.norm()) < 0.02

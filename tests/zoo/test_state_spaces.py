@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
+from tfkit.past import remember
 from tfkit.zoo import state_spaces as z
-from tfkit.zoo.transformer import PreNorm
+from tfkit.zoo.attention import padding_mask
+from tfkit.zoo.transformer import PreNorm, generate
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -235,7 +237,8 @@ def test_selective_scan_equals_the_loop(seed, n):
 def test_selective_scan_gradients_in_double_precision(n):
     torch.manual_seed(0)
     inputs = [*scan_inputs(n, torch.double, 2, 3), torch.randn(2).double(), torch.randn(2, 2, 3).double()]
-    assert torch.autograd.gradcheck(z.selective_scan, [t.requires_grad_() for t in inputs])
+    scan = lambda *given: z.selective_scan_from(given[6], *given[:6])
+    assert torch.autograd.gradcheck(scan, [t.requires_grad_() for t in inputs])
 
 
 def test_selective_scan_goes_on_from_a_state(seed):
@@ -435,6 +438,144 @@ def test_avey_errors():
         z.Avey(8, 0, 1)
     with pytest.raises(ValueError, match="depth 0"):
         z.Avey(8, 4, 1, depth=0)
+
+
+# ------------------------------------------------------------------------------------------- in a real training run
+
+LAYERS = {
+    "s4d": lambda: z.S4D(16, states=3),
+    "lmu": lambda: z.LegendreMemoryUnit(16, order=5, window=20),
+    "hyena": lambda: z.Hyena(16, length=40, order=3),
+    "mamba": lambda: z.MambaMixer(16, states=4),
+    "avey": lambda: z.Avey(16, split=4, top=2, depth=2),
+}
+# numbers kept of b texts after n tokens; S4D's are complex, Hyena keeps its inputs, Avey all tokens
+KEPT = {
+    "s4d": lambda b, n: b * 16 * 3,
+    "lmu": lambda b, n: b * 5,
+    "hyena": lambda b, n: b * (3 * 16 * n + 4 * 16 * min(n, 2)) + 1,
+    "mamba": lambda b, n: b * (32 * 4 + 32 * min(n, 3)),
+    "avey": lambda b, n: b * 16 * n,
+}
+layers = pytest.mark.parametrize("name", list(LAYERS))
+
+
+@layers
+@pytest.mark.parametrize("cuts", [[1, 3, 33], [20, 1, 1, 15]])
+def test_a_text_in_pieces_is_the_whole_text_and_the_state_has_the_promised_size(name, cuts):
+    torch.manual_seed(0)
+    layer, x, n, pieces = LAYERS[name]().eval(), torch.randn(2, 37, 16), 0, []
+    with torch.no_grad(), remember(layer) as past:
+        for piece in x.split(cuts, 1):
+            pieces.append(layer(piece))
+            n += piece.shape[1]
+            assert past.numbers() == KEPT[name](2, n)
+    assert torch.allclose(torch.cat(pieces, 1), layer(x), atol=1e-5)
+
+
+def test_a_classifier_streams():
+    torch.manual_seed(0)
+    model, x = z.lmuformer(3, 8, 4, order=5, window=8).eval(), torch.randn(2, 20, 3)
+    with torch.no_grad(), remember(model):
+        pieces = torch.cat([model(piece) for piece in x.split([1, 3, 16], 1)], 1)
+    assert torch.allclose(pieces, model(x), atol=1e-5)
+
+
+def test_a_state_carries_gradients():
+    torch.manual_seed(0)
+    layer, x = z.MambaMixer(8, states=3).double(), torch.randn(1, 9, 8, dtype=torch.double, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(x)[:, 5:].square().sum(), x)
+    with remember(layer):
+        layer(x[:, :5])
+        (found,) = torch.autograd.grad(layer(x[:, 5:]).square().sum(), x)
+    assert torch.allclose(found, wanted) and wanted[:, :5].abs().max() > 1e-4
+
+
+def test_mamba_writes_what_it_computes():
+    torch.manual_seed(0)
+    model, ids = z.mamba(20, 16, 2, states=4), torch.randint(20, (2, 5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    written, again = generate(model, ids, 12), ids
+    for _ in range(12):
+        again = torch.cat([again, model(again)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(written, again)
+
+
+def test_what_reads_the_whole_text_refuses_pieces():
+    with pytest.raises(ValueError, match="whole text has been read"), remember(z.decimamba(z.mamba(9, 8, 1), [0], 4)):
+        pass
+    avey = z.Avey(8, 4, 1, query=z.split_itself)
+    with pytest.raises(ValueError, match="later tokens"), remember(avey):
+        pass
+    avey.query, real = z.split_before, torch.tensor([[True, True, False]])
+    with pytest.raises(ValueError, match="cannot have padding"), remember(avey):
+        avey(torch.randn(1, 3, 8), padding_mask(real))
+
+
+@layers
+def test_padding_anywhere_changes_nothing(name):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]().eval(), torch.randn(2, 11, 16)
+    real = torch.tensor([[True] * 11, [False] * 3 + [True] * 6 + [False] * 2])
+    padded = lambda x, real: layer(x, mask=padding_mask(real))
+    assert contracts.padding_invariant(padded, x, real)
+    assert torch.allclose(padded(x, real)[1, 3:9], layer(x[1:, 3:9])[0], atol=1e-5)
+    assert not torch.allclose(padded(x, real | True)[1, 3:9], layer(x[1:, 3:9])[0], atol=1e-3)
+    assert padded(x, real & False).isfinite().all()
+
+
+@layers
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, "autocast"], ids=["bf16", "fp16", "autocast"])
+def test_sixteen_bits_stay_near(name, kind):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]().eval(), torch.randn(2, 37, 16, requires_grad=True)
+    wanted = layer(x)
+    (slope,) = torch.autograd.grad(wanted.square().sum(), x)
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    else:
+        found = layer.to(kind)(x.to(kind))
+    (other,) = torch.autograd.grad(found.float().square().sum(), x)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    assert (other - slope).norm() < 0.06 * slope.norm()
+
+
+def test_a_state_in_sixteen_bits_does_not_wear_off():
+    torch.manual_seed(0)
+    layer, x = z.MambaMixer(16, states=4).bfloat16(), torch.randn(1, 60, 16).bfloat16()
+    with torch.no_grad(), remember(layer):
+        pieces = torch.cat([layer(piece) for piece in x.split(1, 1)], 1)
+    assert (pieces - layer(x)).float().norm() < 0.01 * layer(x).float().norm()
+
+
+@layers
+def test_gradients_by_transform_equal_those_of_autograd(name):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]().eval(), torch.randn(2, 13, 16)
+    weights = dict(layer.named_parameters())
+    loss = lambda weights, x: torch.func.functional_call(layer, weights, (x[None],)).square().sum()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for i in range(2):
+        found = torch.autograd.grad(loss(weights, x[i]), list(weights.values()))
+        for slope, (key, wanted) in zip(found, each.items(), strict=True):
+            assert torch.allclose(slope, wanted[i], rtol=1e-3, atol=1e-4), key
+
+
+def test_scans_of_several_systems_at_once():
+    torch.manual_seed(0)
+    decay, x = torch.rand(3, 2, 7, 4), torch.randn(2, 7, 4)
+    many = torch.func.vmap(z.linear_scan, (0, None))(decay, x)
+    assert torch.allclose(many, torch.stack([loop(d, x) for d in decay]), atol=1e-5)
+    x, delta, a, b, c = scan_inputs(7)
+    many = torch.func.vmap(z.selective_scan, (None, None, 0, None, None))(x, delta, torch.stack([a, 2 * a]), b, c)
+    assert torch.allclose(many[1], selective_loop(x, delta, 2 * a, b, c), atol=1e-5)
+    with pytest.raises(NotImplementedError, match="once"):
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(z.selective_scan(x, delta, a, b, c).square().sum(), x, create_graph=True)
+        slope.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------ the whole table

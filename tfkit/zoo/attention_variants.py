@@ -27,7 +27,8 @@ from tfkit.zoo.attention import (
     merge_heads, split_heads,
 )
 from tfkit.zoo.transformer import (
-    Block, FeedForward, SinusoidalPositions, Stack, TokenEmbedding,
+    Block, FeedForward, SinusoidalPositions, Stack, TokenEmbedding, _real_tokens,
+    in_float32,
 )
 from ..past import recall
 
@@ -353,9 +354,10 @@ def mean_of_all(x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b 1 c"]:
     return x.mean(-2, keepdim=True)
 
 
+@in_float32
 def running_mean(x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n c"]:
     """For each token the mean over the tokens so far, itself included."""
-    count = torch.arange(1, x.shape[-2] + 1, device=x.device, dtype=x.dtype)
+    count = torch.arange(1, x.shape[-2] + 1, device=x.device)
     return x.cumsum(-2) / count[:, None]
 
 # %% notebooks/09_attention_variants.ipynb
@@ -461,6 +463,8 @@ class ReferenceStack(nn.Module):
 
     It passes through all layers and is dropped at the end.
     """
+
+    no_past = "its reference goes along as a row of the batch, whole"
 
     def __init__(self, stack: nn.Module, reference: nn.Module):
         super().__init__()
@@ -576,17 +580,21 @@ def wide_classifier(
 def generative(
     x: Float[Tensor, "b n d"],
     compare: Callable[[Tensor, Tensor], Tensor] = torch.minimum,
+    before: Float[Tensor, "b 1 d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """compare(x_t, x_{t-1}) for each feature; the first token is compared with itself.
+    """compare(x_t, x_{t-1}) for each feature; before is x_{-1}.
 
-    Source: "Breaking the Attention Bottleneck", 2024.
+    Without it the first token is compared with itself. Source: "Breaking the Attention
+    Bottleneck", 2024.
     """
-    return compare(x, torch.cat([x[:, :1], x[:, :-1]], 1))
+    before = x[:, :1] if before is None else before
+    return compare(x, torch.cat([before, x[:, :-1]], 1))
 
 # %% notebooks/09_attention_variants.ipynb
 class Generative(nn.Module):
     """`generative` as a mixer: no parameters, causal, sees one token back.
 
+    A token after padding is compared with itself, like the first. mask (b, 1, 1, n).
     Source: as there.
     """
 
@@ -597,11 +605,18 @@ class Generative(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n d"]:
-        return generative(x, self.compare)
+        state, real = recall(self), _real_tokens(x, mask)
+        last = {} if state is None else dict(state)
+        if state is not None and x.shape[1]:
+            state["x"], state["real"] = x[:, -1:], real[:, -1:]
+        known = torch.cat([last.get("real", torch.zeros_like(real[:, :1])),
+                           real[:, :-1]], 1)                       # (b, n): is x_{t-1}?
+        out = generative(x, self.compare, last.get("x"))
+        return torch.where(known[..., None], out, self.compare(x, x))
 
 
 class GenerativeWithContext(Generative):
-    """The mean of `generative` and of the average over all tokens so far.
+    """The mean of `generative` and of the average over all real tokens so far.
 
     Source: as for `generative`.
     """
@@ -609,7 +624,16 @@ class GenerativeWithContext(Generative):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n d"]:
-        return (generative(x, self.compare) + running_mean(x)) / 2
+        state, real = recall(self), _real_tokens(x, mask)[..., None].to(x)
+        wide = torch.promote_types(x.dtype, torch.float32)         # sums grow long
+        total = (x * real).cumsum(1, dtype=wide)                   # (b, n, d)
+        count = real.cumsum(1, dtype=wide)                         # (b, n, 1)
+        if state:
+            total, count = total + state["total"], count + state["count"]
+        if state is not None and x.shape[1]:
+            state["total"], state["count"] = total[:, -1:], count[:, -1:]
+        mean = (total / count.clamp(min=1)).to(x)
+        return (super().forward(x, mask) + mean) / 2
 
 # %% notebooks/09_attention_variants.ipynb
 def relative_shift(x: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:

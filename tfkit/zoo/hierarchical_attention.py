@@ -151,6 +151,9 @@ def mra_attention(
     norm = norm + scale * coarse.sum(-1)[..., None, None]
     return (out / norm.clamp(min=far.tiny)).flatten(2, 3)          # (b, h, n, c)
 
+
+mra_attention.looks_back = None                            # blocks hold later tokens
+
 # %% notebooks/13_hierarchical_attention.ipynb
 def global_summary(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
@@ -208,6 +211,8 @@ class PoNet(nn.Module):
     ValueError when heads does not divide width, or for an even window. Source: "PoNet:
     Pooling Network for Efficient Token Mixing in Long Sequences", 2021.
     """
+
+    no_past = "its summary and its segments hold later tokens"
 
     def __init__(self, width: int, heads: int, segment: int = 16, window: int = 3):
         super().__init__()

@@ -443,7 +443,7 @@ def _decimated(p: Plan) -> nn.Module:
 
 
 def _patches(p: Plan) -> nn.Module:
-    near = partial(shorter.window_attention, window=p.size)
+    near = sparse.CausalWindow(p.size)
     local, latent = (MultiHeadAttention(p.width, p.heads, attend=attend)
                      for attend in (near, causal_attention))
     return shorter.PatchMixer(local, latent, 8)

@@ -4,12 +4,12 @@
 
 # %% notebooks/16_sequence_compression.ipynb
 __all__ = ['mechanisms', 'examples', 'SizedAttention', 'next_byte_entropy', 'entropy_ends', 'rising_ends', 'even_ends',
-           'space_ends', 'ngram_hash', 'HashedBytes', 'window_attention', 'local_stack', 'patch_of', 'pool_patches',
-           'give_back', 'own_patch_attention', 'PatchReader', 'PatchWriter', 'LatentStack', 'ByteLatentTransformer',
-           'latent_stack', 'small_blt', 'coarsen', 'refine', 'VIPBlock', 'VIPEncoder', 'vip_encoder', 'phd_mask',
-           'near_copies', 'hidden_attention', 'HiddenDecoding', 'write_copies', 'PHDLanguageModel',
-           'factored_attention', 'LightWhenLong', 'merge_neighbors', 'MergingEncoder', 'LongClassifier', 'PatchMixer',
-           'patch_mixer', 'VIPMixer', 'RepeatMixer']
+           'space_ends', 'ngram_hash', 'HashedBytes', 'local_stack', 'patch_of', 'pool_patches', 'give_back',
+           'own_patch_attention', 'PatchReader', 'PatchWriter', 'LatentStack', 'ByteLatentTransformer', 'latent_stack',
+           'small_blt', 'coarsen', 'refine', 'VIPBlock', 'VIPEncoder', 'vip_encoder', 'phd_mask', 'near_copies',
+           'hidden_attention', 'HiddenDecoding', 'write_copies', 'PHDLanguageModel', 'factored_attention',
+           'LightWhenLong', 'merge_neighbors', 'MergingEncoder', 'LongClassifier', 'PatchMixer', 'patch_mixer',
+           'VIPMixer', 'RepeatMixer']
 
 # %% notebooks/16_sequence_compression.ipynb
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..past import recall
 from tfkit.zoo.attention import (
     MultiHeadAttention,
     attention,
@@ -28,6 +29,7 @@ from tfkit.zoo.attention import (
     merge_heads,
     split_heads,
 )
+from .sparse_attention import CausalWindow
 from tfkit.zoo.transformer import (
     Block,
     FeedForward,
@@ -146,33 +148,9 @@ class HashedBytes(TokenEmbedding):
         return sum(rows, super().forward(ids, start))
 
 # %% notebooks/16_sequence_compression.ipynb
-def window_attention(
-    q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
-    v: Float[Tensor, "b h n c"], mask: None = None, window: int = 16,
-) -> Float[Tensor, "b h n c"]:
-    """Causal attention to the last `window` tokens, the own one among them.
-
-    Works on blocks of that size, so it costs O(n window). Raises ValueError for a
-    window below 1.
-    """
-    if window < 1:
-        raise ValueError(f"a window has at least one token, got {window}")
-    n = q.shape[-2]
-    q, k, v = (
-        F.pad(t, (0, 0, 0, -n % window)).unflatten(2, (-1, window)) for t in (q, k, v)
-    )  # (b, h, blocks, window, e)
-    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, -1)), t], 3) for t in (k, v))
-    i = torch.arange(window, 2 * window, device=q.device)[:, None]
-    j = torch.arange(2 * window, device=q.device)
-    near = (j <= i) & (j > i - window)
-    block = torch.arange(q.shape[2], device=q.device)[:, None, None]
-    near = near & (block * window + j >= window)  # nothing stands before the text
-    return attention(q, k, v, near).flatten(2, 3)[:, :, :n]
-
-# %% notebooks/16_sequence_compression.ipynb
 def local_stack(width: int, heads: int, depth: int, window: int = 16) -> Stack:
-    """`depth` blocks of `window_attention` with feed-forwards of width 2 d."""
-    attend = partial(window_attention, window=window)
+    """`depth` blocks of a causal window with feed-forwards of width 2 d."""
+    attend = CausalWindow(window)
     norm = partial(nn.LayerNorm, width)
     return Stack([
         Block(MultiHeadAttention(width, heads, attend=attend),
@@ -312,6 +290,8 @@ class ByteLatentTransformer(nn.Module):
 
     Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
     """
+
+    no_past = "an open patch is read again with each of its bytes"
 
     def __init__(
         self, embed: nn.Module, local: Callable[[], nn.Module], latent: nn.Module,
@@ -544,35 +524,35 @@ def hidden_attention(
 class HiddenDecoding(nn.Module):
     """An attend module for tokens that stand there `copies` times: `hidden_attention`.
 
-    With `remembering` it puts the originals of earlier calls before the new keys, and
-    keeps those alone. Raises ValueError when copies does not divide the queries, and
-    for a memory with a window. Source: "Efficient Pretraining Length Scaling", 2025.
+    Inside `remember` it puts the originals of earlier pieces before the new keys, and
+    keeps those alone; with a window that is refused, since it needs hidden copies.
+    Raises ValueError when copies does not divide the queries. Source: "Efficient
+    Pretraining Length Scaling", 2025.
     """
+
+    looks_back = 0  # it keeps a state of its own
 
     def __init__(self, copies: int, window: int = 0, chunk: int | None = None):
         super().__init__()
         phd_mask(1, copies, window, chunk)  # are the sizes possible?
         self.copies, self.window, self.chunk = copies, window, chunk
-        self.memory = None
 
-    def remembering(self) -> "HiddenDecoding":
-        """The same with an empty memory that later calls fill."""
-        if self.window:
-            raise ValueError(f"a memory of originals alone has no window {self.window}")
-        new = HiddenDecoding(self.copies)
-        new.memory = ()
-        return new
+    @property
+    def no_past(self) -> str | None:
+        """Why it cannot be fed a text in pieces; None without a window."""
+        window = f"its window of {self.window} needs hidden copies of earlier pieces"
+        return window if self.window else None
 
     def forward(
         self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
         v: Float[Tensor, "b h n c"], mask: None = None,
     ) -> Float[Tensor, "b h n c"]:
-        answer = hidden_attention(
-            q, k, v, self.copies, self.window, self.chunk, self.memory or None)
-        if self.memory is not None:
-            new = k[:, :, :: self.copies], v[:, :, :: self.copies]
-            old = self.memory or (t[:, :, :0] for t in new)
-            self.memory = tuple(torch.cat(t, 2) for t in zip(old, new, strict=True))
+        state = recall(self)
+        past = (state["k"], state["v"]) if state else None
+        answer = hidden_attention(q, k, v, self.copies, self.window, self.chunk, past)
+        if state is not None:
+            state.append("k", k[:, :, :: self.copies])
+            state.append("v", v[:, :, :: self.copies])
         return answer
 
 # %% notebooks/16_sequence_compression.ipynb
@@ -636,6 +616,8 @@ class LightWhenLong(nn.Module):
     Raises ValueError for a limit below 1. Source: "Modality Agnostic Efficient Long
     Range Encoder", 2025.
     """
+
+    looks_back = None  # for encoders: queries see later keys, too
 
     def __init__(self, limit: int, light=factored_attention):
         super().__init__()
@@ -740,8 +722,9 @@ class LongClassifier(nn.Module):
 class PatchMixer(nn.Module):
     """local(x) + give_back(latent(pool(x))) over even patches: (b, n, d) to the same.
 
-    local and latent are causal mixers. Raises ValueError for a size below 1 and for a
-    mask. Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
+    local and latent are causal mixers. Inside `remember` the tokens of the open patch
+    are kept, and what the last patch gave. Raises ValueError for a size below 1 and for
+    a mask. Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
     """
 
     def __init__(self, local: nn.Module, latent: nn.Module, size: int):
@@ -753,19 +736,34 @@ class PatchMixer(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], mask=None) -> Float[Tensor, "b n d"]:
         if mask is not None:
             raise ValueError(f"patches take no mask, got {tuple(mask.shape)}")
-        place = torch.arange(1, x.shape[1] + 1, device=x.device)
+        state, n = recall(self), x.shape[1]
+        if state is not None:
+            return self.local(x) + self.go_on(x, state)
+        place = torch.arange(1, n + 1, device=x.device)
         ends = (place % self.size == 0).expand(x.shape[:2])
         return self.local(x) + give_back(self.latent(pool_patches(x, ends)), ends)
 
+    def go_on(self, x: Float[Tensor, "b n d"], state: dict) -> Float[Tensor, "b n d"]:
+        """What patches give to the tokens of a piece; only those it ends are new."""
+        state["tokens"] = state.get("tokens", 0) + x.shape[1]
+        left = state["tokens"] % self.size                   # tokens of the open patch
+        whole = state.append("open", x, dim=1, most=left)    # from a patch's beginning
+        patches = whole[:, : whole.shape[1] - left].unflatten(1, (-1, self.size))
+        given = state.get("given", torch.zeros_like(x[:, :1]))
+        given = torch.cat([given, self.latent(patches.amax(2))], 1)
+        state["given"] = given[:, -1:]
+        before = whole.shape[1] - x.shape[1]
+        ended = torch.arange(before + 1, whole.shape[1] + 1, device=x.device)
+        return given[:, ended // self.size]                  # (b, n, d)
+
 # %% notebooks/16_sequence_compression.ipynb
 def patch_mixer(width: int, heads: int, size: int, window: int = 16) -> PatchMixer:
-    """A `PatchMixer` of causal `window_attention` and full attention over patches.
+    """A `PatchMixer` of a `CausalWindow` and full attention over patches.
 
     Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
     """
-    near = partial(window_attention, window=window)
     make = partial(MultiHeadAttention, width, heads)
-    return PatchMixer(make(attend=near), make(attend=causal_attention), size)
+    return PatchMixer(make(attend=CausalWindow(window)), make(attend=causal_attention), size)
 
 # %% notebooks/16_sequence_compression.ipynb
 class VIPMixer(nn.Module):

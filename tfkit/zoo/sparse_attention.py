@@ -6,11 +6,11 @@
 __all__ = ['Rule', 'mechanisms', 'examples', 'window_rule', 'causal_window_rule', 'pattern', 'dilated_rule', 'global_rule',
            'either', 'neighbor_blocks', 'big_bird_blocks', 'gathered_attention', 'CausalWindow', 'Dilated', 'Window',
            'LongformerAttention', 'BigBird', 'HeadHalves', 'strided_heads', 'FixedPattern', 'Recomputed',
-           'scale_residual_', 'GridPositions', 'sparse_transformer', 'masformer', 'combiner_attention',
-           'logsparse_attention', 'lsh_buckets', 'shared_qk_attention', 'Chunks', 'first_meetings', 'meetings',
-           'lsh_attention', 'LSHAttention', 'ReversibleBlock', 'ReversibleStack', 'ChunkedFeedForward', 'reformer',
-           'lift_keys', 'lift_queries', 'exact_neighbors', 'neighbor_attention', 'projected_neighbors',
-           'NeighborAttention']
+           'scale_residual_', 'GridPositions', 'sparse_transformer', 'masformer', 'region_summaries',
+           'combiner_attention', 'Combiner', 'Replayed', 'logsparse_attention', 'lsh_buckets', 'shared_qk_attention',
+           'Chunks', 'first_meetings', 'meetings', 'lsh_attention', 'LSHAttention', 'ReversibleBlock',
+           'ReversibleStack', 'ChunkedFeedForward', 'reformer', 'lift_keys', 'lift_queries', 'exact_neighbors',
+           'neighbor_attention', 'projected_neighbors', 'NeighborAttention']
 
 # %% notebooks/10_sparse_attention.ipynb
 import math
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..past import looks_back, recall
 from tfkit.zoo.attention import (
     MultiHeadAttention, attention, causal_attention, merge_heads, split_heads,
 )
@@ -179,6 +180,7 @@ class CausalWindow(nn.Module):
         if window < 1:
             raise ValueError(f"a window holds at least the token itself, got {window}")
         self.window, self.rule = window, causal_window_rule(window)
+        self.looks_back = window - 1                               # for `remember`
         self.looks_back = window - 1                   # so many keys `remember` keeps
 
     def forward(
@@ -199,20 +201,26 @@ class Dilated(nn.Module):
 
     The step classes of positions are handed to attend as more heads: (b, h step, n /
     step, e). With a causal window it is a dilated window, with `causal_attention` the
-    strided far pattern of the Sparse Transformer. Raises ValueError when queries and
-    keys differ in number. Source: "Generating Long Sequences with Sparse Transformers",
-    2019.
+    strided far pattern of the Sparse Transformer. The n queries are the last n of m
+    positions. Source: "Generating Long Sequences with Sparse Transformers", 2019.
     """
 
     def __init__(self, attend, step: int):
         super().__init__()
         self.attend, self.step = attend, step
 
+    @property
+    def looks_back(self) -> float | int | None:
+        """Earlier keys that a query may need: step times what attend needs."""
+        inner = looks_back(self.attend)
+        return None if inner is None else inner * self.step
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         (b, h, n), rest = q.shape[:3], -q.shape[2] % self.step
-        _same_length(q, k)
+        if n < k.shape[2]:
+            return self.last(q, k, v, mask)
         if rest or mask is not None:
             real = torch.ones(1, 1, 1, n, dtype=torch.bool, device=q.device)
             real = (real if mask is None else mask).expand(b, h, 1, n)
@@ -226,6 +234,17 @@ class Dilated(nn.Module):
         t = F.pad(t, (0, 0, 0, rest)).unflatten(2, (-1, self.step))
         return t.transpose(2, 3).flatten(1, 2)
 
+    def last(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """For the last n of m positions: each class of positions by itself."""
+        n, m, step = q.shape[2], k.shape[2], self.step
+        out = v.new_empty(*q.shape[:3], v.shape[-1])
+        for i in range(min(n, step)):                              # query i, i + step..
+            same = slice((m - n + i) % step, None, step)
+            here = None if mask is None else mask[..., same]
+            out[:, :, i::step] = self.attend(
+                q[:, :, i::step], k[:, :, same], v[:, :, same], mask=here)
+        return out
+
 # %% notebooks/10_sparse_attention.ipynb
 def _global_key(first: int, i: Tensor, j: Tensor) -> Tensor:
     return j < first
@@ -238,6 +257,8 @@ class Window(nn.Module):
     ValueError for a radius below 1. Source: "Longformer: The Long-Document
     Transformer", 2020.
     """
+
+    looks_back = None                                              # it looks ahead, too
 
     def __init__(self, radius: int, first: int = 0):
         super().__init__()
@@ -293,6 +314,8 @@ class BigBird(nn.Module):
     O(n size (random + 5)). Source: "Big Bird: Transformers for Longer Sequences", 2020.
     """
 
+    looks_back = None                                              # it looks ahead, too
+
     def __init__(self, size: int, random: int, seed: int = 0):
         super().__init__()
         self.size, self.random, self.seed = size, random, seed
@@ -331,6 +354,12 @@ class HeadHalves(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
+    @property
+    def looks_back(self) -> float | int | None:
+        """Earlier keys that a query may need: those of the half that needs more."""
+        both = looks_back(self.first), looks_back(self.second)
+        return None if None in both else max(both)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
@@ -354,10 +383,13 @@ class FixedPattern(nn.Module):
     """An attend function: own block up to oneself, last columns of earlier blocks.
 
     Costs O(n (block + n columns / block)): O(n sqrt n) for block = sqrt n. Equals
-    `causal_attention` for block >= n or columns = block. Raises ValueError for columns
+    `causal_attention` for block >= n or columns = block. The n queries are the last n
+    of m positions, counted from the start of the text. Raises ValueError for columns
     outside 1 .. block. Source: "Generating Long Sequences with Sparse Transformers",
     2019.
     """
+
+    looks_back = math.inf                                          # to every summary
 
     def __init__(self, block: int, columns: int = 1):
         super().__init__()
@@ -373,8 +405,10 @@ class FixedPattern(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        _same_length(q, k)
-        place = torch.arange(q.shape[-2], device=q.device)
+        n, place = q.shape[-2], torch.arange(k.shape[-2], device=q.device)
+        if n < len(place):
+            allowed = self.rule(place[-n:, None], place)
+            return attention(q, k, v, allowed if mask is None else mask & allowed)
         extra = place[place % self.block >= self.block - self.columns]
         own = neighbor_blocks(-(-len(place) // self.block), 0, 0).to(q.device)
         return gathered_attention(q, k, v, self.rule, own, self.block, extra, mask)
@@ -471,36 +505,114 @@ def masformer(
     return language_model(vocabulary, width, depth, mixer=mixer, positions=positions)
 
 # %% notebooks/10_sparse_attention.ipynb
+def _spans(t: Tensor, span: int) -> Tensor:
+    """(b, h, n, e) in spans (b, h, g, s, e), with zeros behind the last token."""
+    return F.pad(t, (0, 0, 0, -t.shape[2] % span)).unflatten(2, (-1, span))
+
+
+def region_summaries(
+    q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
+    v: Float[Tensor, "b h n c"], span: int,
+) -> tuple[Float[Tensor, "b h g e"], Float[Tensor, "b h g c"]]:
+    """Key and value of each region of `span` tokens: max k_j, and softmax(q_r k_j) v_j.
+
+    q_r = max q_j. Source: as for `combiner_attention`.
+    """
+    q, k, v = (_spans(t, span) for t in (q, k, v))                 # (b, h, g, s, .)
+    return k.amax(3), attention(q.amax(3, keepdim=True), k, v).squeeze(3)
+
+
 def combiner_attention(
     q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
     v: Float[Tensor, "b h n c"], span: int, mask: Tensor | None = None,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "b h n c"]:
     """Causal attention: direct in the own span of tokens, by summaries of earlier ones.
 
     One softmax over [q_i k_j for j in the span, q_i k_r for regions r], where k_r and
     q_r are the largest entries of a region's keys and queries, and its value is
     softmax(q_r k_j) v_j. Equals `causal_attention` for span = 1 and span >= n. Costs
-    O(n (span + n / span)). Raises ValueError for a span below 1 or a mask. Source:
+    O(n (span + n / span)). before has the summaries (b, h, r, .) of spans that came
+    earlier. Raises ValueError for a span below 1 or a mask. Source:
     "Combiner: Full Attention Transformer with Sparse Computation Cost", 2021.
     """
     if span < 1 or mask is not None:
         raise ValueError(f"need span >= 1 and no mask, got {span} and {type(mask)}")
     n, scale = q.shape[-2], q.shape[-1] ** -0.5
-    cut = lambda t: F.pad(t, (0, 0, 0, -n % span)).unflatten(2, (-1, span))
-    q, k, v = cut(q), cut(k), cut(v)                               # (b, h, g, s, e)
-    key, question = k.amax(3), q.amax(3, keepdim=True)             # (b, h, g, e)
-    value = attention(question, k, v).squeeze(3)                   # (b, h, g, c)
+    key, value = region_summaries(q, k, v, span)                   # (b, h, g, .)
+    q, k, v = (_spans(t, span) for t in (q, k, v))                 # (b, h, g, s, .)
+    if before is not None:
+        key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
     direct = q @ k.transpose(-2, -1) * scale                       # (b, h, g, s, s)
     near = torch.ones(span, span, dtype=torch.bool, device=q.device).tril()
-    by_region = q @ key.unsqueeze(2).transpose(-2, -1) * scale     # (b, h, g, s, g)
-    count = q.shape[2]
-    earlier = torch.ones(count, count, dtype=torch.bool, device=q.device).tril(-1)
+    by_region = q @ key.unsqueeze(2).transpose(-2, -1) * scale     # (b, h, g, s, r)
+    groups, regions = q.shape[2], key.shape[2]
+    earlier = torch.ones(groups, regions, dtype=torch.bool, device=q.device)
+    earlier = earlier.tril(regions - groups - 1)                   # not the own span
     direct = direct.masked_fill(~near, -torch.inf)
     by_region = by_region.masked_fill(~earlier.unsqueeze(1), -torch.inf)
     weights = torch.cat([direct, by_region], -1).softmax(-1)
-    direct, by_region = weights.split([span, count], -1)
+    direct, by_region = weights.split([span, regions], -1)
     out = direct @ v + by_region @ value.unsqueeze(2)              # (b, h, g, s, c)
     return out.flatten(2, 3)[:, :, :n]
+
+# %% notebooks/10_sparse_attention.ipynb
+class Combiner(nn.Module):
+    """`combiner_attention` as an attend function that can be fed a text in pieces.
+
+    Inside `remember` it keeps one key and value for each finished span, and queries,
+    keys and values of the open one: O(span + n / span) numbers. Raises ValueError for a
+    span below 1 or a mask. Source: as for `combiner_attention`.
+    """
+
+    looks_back = 0                                         # it keeps a state of its own
+
+    def __init__(self, span: int):
+        super().__init__()
+        if span < 1:
+            raise ValueError(f"a span has at least 1 token, got {span}")
+        self.span = span
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        state, n = recall(self), q.shape[2]
+        if state is None:
+            return combiner_attention(q, k, v, self.span, mask)
+        state["tokens"] = state.get("tokens", 0) + n
+        open_ = state["tokens"] % self.span                # tokens of the last span
+        whole = [state.append(name, t, most=open_) for name, t in zip("qkv", (q, k, v))]
+        before = (state["key"], state["value"]) if "key" in state else None
+        done = whole[0].shape[2] - open_
+        out = combiner_attention(*whole, self.span, mask, before)
+        for name, t in zip(
+            ("key", "value"),
+            region_summaries(*(t[:, :, :done] for t in whole), self.span),
+        ):
+            state.append(name, t)
+        return out[:, :, -n:]
+
+# %% notebooks/10_sparse_attention.ipynb
+class Replayed(nn.Module):
+    """A causal attend function, computed again over the whole text for every piece.
+
+    Inside `remember` it keeps all queries, keys and values: for functions that need as
+    many queries as keys.
+    """
+
+    looks_back = 0                                         # it keeps a state of its own
+
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        state, n = recall(self), q.shape[2]
+        if state is not None:
+            q, k, v = (state.append(name, t) for name, t in zip("qkv", (q, k, v)))
+        return self.attend(q, k, v, mask=mask)[:, :, -n:]
 
 # %% notebooks/10_sparse_attention.ipynb
 def _pairs(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -699,6 +811,8 @@ class LSHAttention(nn.Module):
     of its own. Raises ValueError when heads do not divide the width or for an odd b.
     Source: "Reformer: The Efficient Transformer", 2020.
     """
+
+    no_past = "a later token can move the borders of the chunks that earlier ones share"
 
     def __init__(
         self, width: int, heads: int, chunk: int = 32, rounds: int = 2,
@@ -930,6 +1044,8 @@ class NeighborAttention(nn.Module):
     Accelerated Inference with Long-Sequence Transformers on CPUs", 2024.
     """
 
+    looks_back = None                                              # it looks ahead, too
+
     def __init__(self, count: int = 32, search=projected_neighbors):
         super().__init__()
         self.count, self.search = count, search
@@ -957,8 +1073,8 @@ mechanisms = {
     "causal window": _layer(CausalWindow(16)),
     "strided": _layer(strided_heads(11)),
     "fixed": _layer(FixedPattern(11)),
-    "Combiner": _layer(partial(combiner_attention, span=11)),
-    "logsparse Combiner": _layer(logsparse_attention),
+    "Combiner": _layer(Combiner(11)),
+    "logsparse Combiner": _layer(Replayed(logsparse_attention)),
     "LSH": _mixer(lambda: LSHAttention(64, 4, 16, 2, 16)),
     "Longformer": _mixer(lambda: LongformerAttention(64, 4, 8, bias=False)),
     "BigBird": _layer(BigBird(8, 2)),
@@ -972,8 +1088,7 @@ examples = {
     "sparse_transformer": lambda: (sparse_transformer(20, 16, 2, 2, 4, 4), _ids()),
     "masformer": lambda: (masformer(20, 16, 3, 2, window=4, full=(1,)), _ids()),
     "combiner": lambda: (
-        MultiHeadAttention(16, 2, attend=partial(combiner_attention, span=4)),
-        _tokens()),
+        MultiHeadAttention(16, 2, attend=Combiner(4)), _tokens()),
     "reformer": lambda: (reformer(20, 16, 2, 2, chunk=4, buckets=4), _ids()),
     "iceformer": lambda: (
         MultiHeadAttention(16, 2, attend=NeighborAttention(6), bias=False), _tokens()),

@@ -382,6 +382,8 @@ class SpectralGate(nn.Module):
     2023.
     """
 
+    no_past = "each output is made of all tokens of the image"
+
     def __init__(self, width: int, height: int, columns: int):
         super().__init__()
         self.size = height, columns
@@ -613,6 +615,8 @@ class ScatteringMixer(nn.Module):
     2023.
     """
 
+    no_past = "each output is made of all tokens of the image"
+
     def __init__(
         self, width: int, height: int, columns: int, high: nn.Module | None = None
     ):
@@ -689,6 +693,8 @@ class DynamicSpectrumMixer(nn.Module):
     A padding mask sets padded tokens to zero. Costs O(n log n). Source: "Dynamic
     Spectrum Mixer for Visual Recognition", 2023.
     """
+
+    no_past = "each output is made of all tokens of the image"
 
     def __init__(self, height: int, columns: int, generate: nn.Module, bands: int = 8):
         super().__init__()
