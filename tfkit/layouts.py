@@ -6,6 +6,8 @@ CaiT and DeiT also those of the authors' release).
 
 from __future__ import annotations
 
+import re
+
 _DECODER = {"prefix": "model.", "tied": {"lm_head.weight": "embed_tokens.weight"}, "ignore": ("*.rotary_emb.inv_freq",)}
 _LLAMA = """
 embed.table.weight                            embed_tokens.weight
@@ -86,6 +88,57 @@ decoder.blocks.*.feed.part.up.weight          decoder.block.*.layer.2.DenseReluD
 decoder.blocks.*.feed.part.down.weight        decoder.block.*.layer.2.DenseReluDense.wo.weight
 *.norm.weight                                 *.final_layer_norm.weight
 """
+_BERT = """
+embed.table.weight                            embeddings.word_embeddings.weight
+embed.places.weight                           embeddings.position_embeddings.weight
+embed.kinds.weight                            embeddings.token_type_embeddings.weight
+embed.norm.*                                  embeddings.LayerNorm.*
+stack.blocks.*.mix.part.to_qkv.*              encoder.layer.*.attention.self.{query,key,value}.*
+stack.blocks.*.mix.part.to_out.*              encoder.layer.*.attention.output.dense.*
+stack.blocks.*.mix.norm.*                     encoder.layer.*.attention.output.LayerNorm.*
+stack.blocks.*.feed.part.up.*                 encoder.layer.*.intermediate.dense.*
+stack.blocks.*.feed.part.down.*               encoder.layer.*.output.dense.*
+stack.blocks.*.feed.norm.*                    encoder.layer.*.output.LayerNorm.*
+pool.*                                        pooler.dense.*
+"""
+_BERT_HEAD = """
+change.*                                      cls.predictions.transform.dense.*
+norm.*                                        cls.predictions.transform.LayerNorm.*
+bias                                          cls.predictions.bias
+"""
+_BERT_FILE = {
+    "prefix": "bert.",
+    "ignore": ("embeddings.position_ids",),
+    "rename": {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # in files of 2018
+}
+_VIT = """
+stem.cut.*                                    embeddings.patch_embeddings.projection.*
+tokens.0.value                                embeddings.cls_token                            squeezed
+tokens.1.table                                embeddings.position_embeddings                  class_place
+stages.0.positions.table                      embeddings.position_embeddings                  grid_places
+stages.0.blocks.*.mix.norm.*                  encoder.layer.*.layernorm_before.*
+stages.0.blocks.*.mix.part.to_qkv.*           encoder.layer.*.attention.attention.{query,key,value}.*
+stages.0.blocks.*.mix.part.to_out.*           encoder.layer.*.attention.output.dense.*
+stages.0.blocks.*.feed.norm.*                 encoder.layer.*.layernorm_after.*
+stages.0.blocks.*.feed.part.up.*              encoder.layer.*.intermediate.dense.*
+stages.0.blocks.*.feed.part.down.*            encoder.layer.*.output.dense.*
+norm.*                                        layernorm.*
+head.*                                        classifier.*
+"""
+_TIMM_VIT = """
+stem.cut.*                                    patch_embed.proj.*
+tokens.0.value                                cls_token                                       squeezed
+tokens.1.table                                pos_embed                                       class_place
+stages.0.positions.table                      pos_embed                                       grid_places
+stages.0.blocks.*.mix.norm.*                  blocks.*.norm1.*
+stages.0.blocks.*.mix.part.to_qkv.*           blocks.*.attn.qkv.*
+stages.0.blocks.*.mix.part.to_out.*           blocks.*.attn.proj.*
+stages.0.blocks.*.feed.norm.*                 blocks.*.norm2.*
+stages.0.blocks.*.feed.part.up.*              blocks.*.mlp.fc1.*
+stages.0.blocks.*.feed.part.down.*            blocks.*.mlp.fc2.*
+norm.*                                        norm.*
+head.*                                        head.*
+"""
 
 # name -> the arguments of `tfkit.pretrained.Layout`
 TABLES: dict[str, dict] = {
@@ -97,6 +150,15 @@ TABLES: dict[str, dict] = {
     },
     "llama": {"table": _LLAMA + _LLAMA_FEED, **_DECODER},
     "mixtral": {"table": _LLAMA + _MIXTRAL_FEED, **_DECODER},
+    "bert": {"table": _BERT, **_BERT_FILE},  # a file with heads needs ignore=("cls.*",)
+    "bert_masked": {
+        "table": re.sub(r"(?m)^(?=\w)", "bert.", _BERT) + _BERT_HEAD,
+        "tied": {
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        **_BERT_FILE,
+    },
     "t5": {
         "table": _T5,
         "tied": dict.fromkeys(
@@ -104,5 +166,7 @@ TABLES: dict[str, dict] = {
         ),
         "ignore": ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),  # in old files, unused
     },
+    "vit": {"table": _VIT, "prefix": "vit."},
+    "timm_vit": {"table": _TIMM_VIT, "prefix": "module."},  # DeiT without distillation, too
     "timm_cait": {"table": _TIMM_CAIT, "prefix": "module."},
 }

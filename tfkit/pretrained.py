@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,9 @@ __all__ = ["Layout", "layouts", "load", "read", "transforms"]
 # What a table may name in its third column: functions of one tensor of the file.
 transforms: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": Tensor.t,  # a matrix stored as (inputs, outputs); vectors stay
+    "squeezed": lambda t: t.squeeze(0),
+    "class_place": lambda t: t[0, :1],  # positions (1, 1 + h w, d): the class token's, and those of a square of patches
+    "grid_places": lambda t: t[0, 1:].unflatten(0, (math.isqrt(t.shape[1] - 1), -1)),
 }
 
 

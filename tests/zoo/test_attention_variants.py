@@ -18,6 +18,7 @@ from tfkit.zoo.attention import (
     causal_mask,
     padding_mask,
 )
+from tfkit.zoo.positions import Rotary, rotary_speeds
 from tfkit.zoo.transformer import Stack, TokenEmbedding, generate, language_model, remember
 
 SIZES = [(2, 4, 7, 8), (1, 2, 12, 4), (3, 6, 5, 3)]  # batch, heads, tokens, head width
@@ -746,3 +747,32 @@ def test_generative_in_pieces_and_after_padding(make):
 def test_running_mean_in_16_bits_counts_beyond_256():
     x = torch.ones(1, 2000, 1, dtype=torch.bfloat16)
     assert (z.running_mean(x) == 1).all()
+
+
+# ---------------------------------------------------------------------------------------- Llama 3, Llama 2, Mixtral
+
+
+@pytest.mark.parametrize(
+    "make, total",
+    [(z.llama3_8b, 8_030_261_248), (z.llama2_70b, 68_976_648_192), (z.mixtral_8x7b, 46_702_792_704)],
+)
+def test_decoders_with_grouped_keys_have_their_published_sizes(make, total):
+    with torch.device("meta"):
+        assert measure.parameters(make()) == total
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_rotary_is_rotary_with_copied_keys(groups):
+    layer, x = z.grouped_rotary_attention(32, 4, groups, base=300.0), torch.randn(2, 9, 32)
+    q, k, v = layer.project(x)
+    k, v = (t.repeat_interleave(4 // groups, 1) for t in (k, v))
+    plain = Rotary(8, causal_attention, rotary_speeds(8, 300.0))
+    expected = layer.to_out(plain(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert layer.to_qkv.bias is None and layer.to_out.bias is None
+    with torch.no_grad(), remember(layer) as past:
+        pieces = torch.cat([layer(piece) for piece in x.split([4, 1, 4], 1)], 1)
+        assert past.numbers() == 2 * 9 * groups * 8 * 2
+    torch.testing.assert_close(pieces, layer(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="4 heads cannot share 3"):
+        z.grouped_rotary_attention(32, 4, 3)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
-from tfkit.zoo.attention import MultiHeadAttention, causal_attention
+from tfkit.train import next_token_loss
+from tfkit.zoo.attention import MultiHeadAttention, causal_attention, padding_mask
 from tfkit.zoo.experts_and_elastic_width import (
+    ExpertBlock,
     Experts,
     GatedExperts,
     MemoryLayer,
@@ -32,6 +34,7 @@ from tfkit.zoo.experts_and_elastic_width import (
     memory_lookup,
     memoryformer,
     mix_experts,
+    mixtral,
     nested_feedforward,
     pattention,
     queue_places,
@@ -43,6 +46,7 @@ from tfkit.zoo.experts_and_elastic_width import (
     tokenformer,
     z_loss,
 )
+from tfkit.zoo.feedforward import rotary_attention
 from tfkit.zoo.transformer import FeedForward, generate, language_model
 
 SEEDS = (0, 1, 2)
@@ -152,6 +156,132 @@ def test_dropped_tokens_get_nothing():
     layer = MixtureOfExperts(Router(8, 2, 1), Experts(8, 12, 2), capacity_factor=0.5)
     y = layer(torch.randn(1, 8, 8).expand(1, 8, 8).clone()[:, :1].expand(1, 8, 8))  # eight equal tokens, one queue
     assert y[0, :2].abs().min() > 0 and not y[0, 2:].any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("capacity", [None, 0.4])
+def test_padded_tokens_take_no_part(seed, capacity):
+    """Real tokens come out as if the padding were not there; padding comes out as zero, and no routing speaks of it."""
+    torch.manual_seed(seed)
+    layer = MixtureOfExperts(Router(16, 4, 2), Experts(16, 8, 4), capacity)
+    x, real = torch.randn(3, 7, 16), torch.rand(3, 7) < 0.6
+    real[0], real[1, 0], real[2] = True, True, False
+    with routings(layer) as seen:
+        y = layer(x, real)
+    torch.testing.assert_close(y[real], layer(x[real]), atol=1e-6, rtol=1e-5)
+    assert not y[~real].any() and seen[0].chosen.shape == (int(real.sum()), 2)
+    everything = layer(x, torch.ones(3, 7, dtype=torch.bool))
+    torch.testing.assert_close(everything, layer(x), atol=1e-6, rtol=1e-5)
+    assert not layer(x, torch.zeros(3, 7, dtype=torch.bool)).any()
+    with pytest.raises(ValueError, match=r"real is \(3, 7\), got \(3, 6\)"):
+        layer(x, real[:, 1:])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_expert_block_hands_the_padding_mask_on(seed):
+    torch.manual_seed(seed)
+    feed = MixtureOfExperts(Router(16, 4, 2), Experts(16, 8, 4), 0.5)
+    block = ExpertBlock(MultiHeadAttention(16, 2), feed, lambda: nn.LayerNorm(16))
+    x, real = torch.randn(2, 6, 16), torch.arange(6) < torch.tensor([[6], [3]])
+    other = torch.where(real[..., None], x, torch.randn(2, 6, 16))
+    assert torch.equal(block(x, mask=padding_mask(real))[real], block(other, mask=padding_mask(real))[real])
+    assert not torch.allclose(block(x)[real], block(other)[real])
+    plain = block.feed(block.mix(x))
+    assert torch.equal(block(x), plain)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_router_scores_in_float32(seed, narrow):
+    torch.manual_seed(seed)
+    router, x = Router(16, 6, 2).to(narrow), torch.randn(40, 16).to(narrow)
+    routing = router(x)
+    assert routing.logits.dtype == torch.float32 and routing.weights.dtype == narrow
+    expected = x.float() @ router.score.weight.float().T
+    torch.testing.assert_close(routing.logits, expected, atol=1e-5, rtol=1e-5)
+    wide, y = Router(16, 6, 2), torch.randn(40, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = wide(y).logits
+    torch.testing.assert_close(inside, wide(y).logits, atol=1e-6, rtol=1e-6)
+    double = Router(16, 6, 2).double()
+    assert double(y.double()).logits.dtype == torch.float64
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["experts", "heads", "groups"])
+def test_routed_layers_run_in_16_bits(kind, narrow):
+    make = {
+        "experts": lambda: MixtureOfExperts(Router(16, 4, 2), GatedExperts(16, 8, 4)),
+        "heads": lambda: MixtureOfHeads(16, 4, shared=2, top_k=1),
+        "groups": lambda: MixtureOfHiddenDimensions(16, 24, 6, active=3, shared=1),
+    }
+    layer, x = make[kind](), torch.randn(2, 5, 16).to(narrow)
+    layer = layer.to(narrow)
+    out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == narrow
+    with torch.no_grad():  # the same numbers in float32: choices agree, since scores are float32 in both
+        torch.testing.assert_close(out.float(), layer.float()(x.float()), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_router_jitter_is_noise_of_training_alone(seed):
+    torch.manual_seed(seed)
+    router, x = Router(16, 4, 1, jitter=0.25), torch.randn(200, 16)
+    plain = x @ router.score.weight.T
+    torch.testing.assert_close(router.eval()(x).logits, plain, atol=1e-6, rtol=1e-6)
+    one = Router(1, 2, 1, jitter=0.25).train()  # one number for each token: the factor is the ratio of the logits
+    y = torch.rand(5000, 1) + 1
+    factor = (one(y).logits / (y @ one.score.weight.T))[:, 0]
+    assert factor.min() >= 0.75 - 1e-5 and factor.max() <= 1.25 + 1e-5
+    assert factor.min() < 0.76 and factor.max() > 1.24 and abs(factor.mean().item() - 1) < 0.01
+    assert abs(factor.std().item() - 0.25 / 3**0.5) < 0.01
+    many = router.train()(x).logits - plain  # every feature has noise of its own, so columns do not move together
+    assert torch.corrcoef(many.T).triu(1).abs().max() < 0.9
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixtral_starts_as_published_and_is_causal(seed):
+    torch.manual_seed(seed)
+    model = mixtral(300, 64, 2, 96, 4, mixer=lambda: rotary_attention(64, 2), eps=0.25)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            assert abs(weight.std().item() / 0.02 - 1) < 5 / (2 * weight.numel()) ** 0.5, name
+    assert {m.eps for m in model.modules() if isinstance(m, nn.RMSNorm)} == {0.25}
+    ids = torch.randint(300, (4, 33))
+    assert abs(next_token_loss(model(ids[:, :-1]), ids[:, 1:]).item() - math.log(300)) < 0.05
+    assert contracts.causal(model, ids[:1, :12])
+    with torch.device("meta"):
+        default = mixtral(depth=1)
+    assert default.stack.blocks[0].mix.part.heads == 32
+    speeds = default.stack.blocks[0].mix.part.attend.speeds
+    assert speeds.shape == (64,)
+
+
+@pytest.mark.parametrize("bits, extra", [(4, 2), (2, 1)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_memory_feedforward_normalizes_between_its_lookups(seed, bits, extra):
+    torch.manual_seed(seed)
+    layer, x = memory_feedforward(8, bits, extra), torch.randn(5, 8)
+    first, norm, last = layer
+    assert last.tables.shape[1] == 2 ** (bits + extra) and len(last.tables) == 8 // bits
+    with torch.no_grad():
+        norm.weight.add_(torch.randn_like(norm.weight)), norm.bias.add_(torch.randn_like(norm.bias))
+    hidden = first(x)
+    centered = hidden - hidden.mean(-1, keepdim=True)
+    middle = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(layer(x), last(middle), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_memoryformer_writes_its_heads_as_they_are(seed):
+    """One lookup makes q, k and v, and no map stands behind attention."""
+    torch.manual_seed(seed)
+    mixer, x = memoryformer(20, 16, 1, heads=2, bits=4).stack.blocks[0].mix.part, torch.randn(2, 6, 16)
+    q, k, v = mixer.to_qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(mixer(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -471,6 +601,8 @@ def test_mohd_gates_and_work():
 BAD = {
     "top_k of 0": lambda: route(torch.zeros(3, 4), 0),
     "top_k above the experts": lambda: Router(8, 4, 5),
+    "jitter of 1": lambda: Router(8, 4, 2, jitter=1.0),
+    "jitter below 0": lambda: Router(8, 4, 2, jitter=-0.1),
     "capacity factor 0": lambda: MixtureOfExperts(Router(8, 4, 2), Experts(8, 8, 4), 0.0),
     "matformer: more units than there are": lambda: nested_feedforward(torch.zeros(1, 8), FeedForward(8, 16), 17),
     "matformer: no units": lambda: nested_feedforward(torch.zeros(1, 8), FeedForward(8, 16), 0),

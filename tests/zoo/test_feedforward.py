@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_llama_starts_knowing_nothing(seed):
         if name.endswith("norm.weight"):
             assert torch.equal(weight, torch.ones_like(weight))
         else:
-            assert abs(weight.std().item() / 0.02 - 1) < 0.05, name
+            assert abs(weight.std().item() / 0.02 - 1) < 5 / (2 * weight.numel()) ** 0.5, name
             assert abs(weight.mean().item()) < 0.02 * 5 / weight.numel() ** 0.5, name
     ids = torch.randint(500, (4, 33))
     assert abs(next_token_loss(model(ids[:, :-1]), ids[:, 1:]).item() - math.log(500)) < 0.05
@@ -133,6 +134,61 @@ def test_llama_writes_with_an_exact_cache(seed):
         pieces = [model(ids[:, :4]), model(ids[:, 4:5], start=4), model(ids[:, 5:], start=5)]
     assert contracts.causal(model, ids)
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_is_its_formula_and_merges(seed, bias):
+    linear, x = nn.Linear(6, 10, bias=bias), torch.randn(4, 3, 6)
+    expected, weight = linear(x), linear.weight
+    layer = zoo.LoRALinear(linear, 2, alpha=5.0)
+    assert torch.equal(layer(x), expected) and layer.weight is weight
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"a", "b"}
+    with torch.no_grad():
+        layer.b.normal_()
+    full = F.linear(x, weight + 2.5 * layer.b @ layer.a, linear.bias)
+    torch.testing.assert_close(layer(x), full, atol=1e-5, rtol=1e-5)
+    merged = layer.merged()
+    assert type(merged) is nn.Linear and all(p.requires_grad for p in merged.parameters())
+    torch.testing.assert_close(merged(x), full, atol=1e-5, rtol=1e-5)
+    assert zoo.LoRALinear(nn.Linear(6, 10), 3).scale == 1.0
+    large = zoo.LoRALinear(nn.Linear(400, 500), 300)
+    assert abs(large.a.std().item() * 400**0.5 - 1) < 0.02 and not large.b.any()
+
+
+def test_lora_learns_a_difference_of_its_rank(seed):
+    model, ids = zoo.llama(20, 16, 2, 2, 24), torch.randint(20, (4, 9))
+    start, before = copy.deepcopy(model), model(ids)
+    assert zoo.lora_(model, 3, alpha=6.0) is model
+    assert torch.equal(model(ids), before)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learned) == 2 * 3 * ((16 + 48) + (16 + 16))
+    optimizer = torch.optim.SGD(learned, lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        next_token_loss(model(ids), ids.roll(-1, 1)).backward()
+        optimizer.step()
+    after = model(ids)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids), after)
+    zoo.merge_lora_(model)
+    torch.testing.assert_close(model(ids), after, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == start.state_dict().keys()
+    for (name, old), new in zip(start.state_dict().items(), model.state_dict().values(), strict=True):
+        change = new - old
+        if name.endswith(("to_qkv.weight", "to_out.weight")):
+            assert torch.linalg.matrix_rank(change.double(), rtol=1e-5) == 3, name
+        else:
+            assert not change.any(), name
+
+
+def test_lora_refuses():
+    with pytest.raises(ValueError, match="rank must be 1 to 6, got 7"):
+        zoo.LoRALinear(nn.Linear(6, 10), 7)
+    with pytest.raises(ValueError, match="no linear layer is called to_q or to_v"):
+        zoo.lora_(zoo.llama(20, 16, 1, 2, 24), 2, where=("to_q", "to_v"))
 
 
 def test_squared_relu_equals_transformers():
@@ -213,6 +269,35 @@ def test_primer_is_causal_and_its_cache_exact(seed, build):
         longer = generate(model, ids[:, :2], 8)
         for t in range(2, 10):
             assert torch.equal(longer[:, t], model(longer[:, :t])[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("kind, parts", [(zoo.MultiDConvHeadAttention, 3), (zoo.SharedQKAttention, 2)])
+def test_primer_convolution_starts_at_the_token_itself(kind, parts, size):
+    """Half for the newest tap, which is the token's own, 1 / (2 k) for each older one: so it says, and so it acts."""
+    layer = kind(8, 2, kernel_size=size)
+    assert layer.kernel.shape == (parts * 2, 4, size)
+    assert (layer.kernel[..., -1] == 0.5).all() and (layer.kernel[..., :-1] == 0.5 / size).all()
+    impulse = torch.zeros(1, parts * 2, 6, 4)
+    impulse[:, :, 1] = 1.0  # the response follows the token, newest tap first
+    response = layer.convolve(impulse)[0, 0, :, 0]
+    expected = [0.0, 0.5] + [0.5 / size] * (size - 1) + [0.0] * (5 - size)
+    assert torch.allclose(response, torch.tensor(expected)[:6])
+
+
+def test_primer_full_normalizes_what_its_feedforward_writes(seed):
+    """x + attention(norm(x)), then x + norm(feedforward(x)): the norm stands before the one and behind the other."""
+    model = zoo.primer_full(20, 16, 2, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = model.embed(torch.randint(20, (2, 7)))
+    expected = x
+    for attend, feed in zip(model.stack.blocks[::2], model.stack.blocks[1::2], strict=True):
+        expected = expected + attend.part(attend.norm(expected))
+        squared = F.relu(feed.part.up(expected)).square()
+        expected = expected + feed.norm(feed.part.down(squared))
+    torch.testing.assert_close(model.stack(x), model.stack.norm(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_primer_cache_without_memory_of_the_convolution_is_caught():
@@ -408,6 +493,21 @@ def test_vikanformer_bumps(seed):
     radial = zoo.RadialBasis(6, 5)
     at_centers = torch.exp(-((radial.norm(x)[..., None] - torch.linspace(-2, 2, 5)) ** 2))
     assert torch.allclose(radial(x), at_centers, atol=1e-5), "with five centers the width is one"
+
+
+@pytest.mark.parametrize("width, size", [(5, 8), (3, 2)])
+def test_vikanformer_sines_by_their_formula(seed, width, size):
+    """sin(w_g x_i + p_ig) with w_g = g / (G + 1) and p_ig = pi i / (d - 1) + g / (G + 1), g = 1 .. G."""
+    basis, x = zoo.SineBasis(width, size), torch.randn(4, width)
+    for i in range(width):
+        for g in range(1, size + 1):
+            phase = math.pi * i / (width - 1) + g / (size + 1)
+            expected = torch.sin(x[:, i] * g / (size + 1) + phase)
+            torch.testing.assert_close(basis(x)[:, i, g - 1], expected, atol=1e-5, rtol=1e-5)
+    assert [name for name, _ in basis.named_parameters()] == ["frequency"]
+    with torch.no_grad():
+        basis.frequency.mul_(2)
+    assert not torch.allclose(basis(x)[:, 0, 0], torch.sin(x[:, 0] / (size + 1) + 1 / (size + 1)), atol=1e-2)
 
 
 def test_vikanformer_classifier():

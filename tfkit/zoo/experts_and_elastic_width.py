@@ -4,20 +4,22 @@
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 __all__ = ['mechanisms', 'examples', 'Routing', 'route', 'switch_route', 'Router', 'Experts', 'GatedExperts', 'queue_places',
-           'mix_experts', 'MixtureOfExperts', 'balance_loss', 'z_loss', 'routings', 'nested_feedforward',
-           'granularities', 'NestedFeedForward', 'set_units', 'pattention', 'Pattention', 'Beside', 'token_attention',
-           'tokenformer', 'grow', 'hash_rows', 'hash_weights', 'memory_lookup', 'MemoryLayer', 'memory_feedforward',
-           'memoryformer', 'head_gates', 'MixtureOfHeads', 'group_gates', 'run_groups', 'MixtureOfHiddenDimensions']
+           'mix_experts', 'MixtureOfExperts', 'ExpertBlock', 'balance_loss', 'z_loss', 'routings', 'mixtral',
+           'nested_feedforward', 'granularities', 'NestedFeedForward', 'set_units', 'pattention', 'Pattention',
+           'Beside', 'token_attention', 'tokenformer', 'grow', 'hash_rows', 'hash_weights', 'memory_lookup',
+           'MemoryLayer', 'memory_feedforward', 'memoryformer', 'head_gates', 'MixtureOfHeads', 'group_gates',
+           'run_groups', 'MixtureOfHiddenDimensions']
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
@@ -26,7 +28,10 @@ from tfkit.zoo.attention import (
     causal_attention,
     merge_heads,
 )
-from .transformer import FeedForward, LanguageModel, language_model
+from .feedforward import normal_init_, rotary_attention
+from tfkit.zoo.transformer import (
+    Block, FeedForward, LanguageModel, Stack, TokenEmbedding, language_model,
+)
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 class Routing(NamedTuple):
@@ -64,19 +69,34 @@ class Router(nn.Module):
     """Scores E experts for tokens x (..., d) with one matrix and returns a `Routing`.
 
     choose  rule from logits (..., E) and top_k to a `Routing`: `route`, `switch_route`
+    jitter  in training every number that the router reads is multiplied by a random one
+            from 1 - jitter to 1 + jitter
 
-    Raises ValueError for top_k outside 1 .. experts.
+    16-bit tokens are scored in float32, also under autocast: logits are float32,
+    weights have the tokens' type. Raises ValueError for top_k outside 1 .. experts and
+    jitter outside [0, 1). Source of both: "Switch Transformers", 2021.
     """
 
-    def __init__(self, width: int, experts: int, top_k: int, choose=route):
+    def __init__(
+        self, width: int, experts: int, top_k: int, choose=route, jitter: float = 0.0
+    ):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k must be from 1 to {experts} experts, got {top_k}")
-        self.top_k, self.choose = top_k, choose
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must be at least 0 and below 1, got {jitter}")
+        self.top_k, self.choose, self.jitter = top_k, choose, jitter
         self.score = nn.Linear(width, experts, bias=False)
 
     def forward(self, x: Float[Tensor, "*t d"]) -> Routing:
-        return self.choose(self.score(x), self.top_k)
+        read = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if self.training and self.jitter:
+            noise = torch.empty_like(read).uniform_(-1, 1)
+            read = read * (1 + self.jitter * noise)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(read, self.score.weight.to(read.dtype))
+        routing = self.choose(logits, self.top_k)
+        return routing._replace(weights=routing.weights.to(x.dtype))
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
@@ -143,7 +163,10 @@ def mix_experts(
     """
     count = routing.logits.shape[-1]
     place = queue_places(routing.chosen, count)                          # (t, k)
-    seats = int(place.max()) + 1 if capacity is None else capacity
+    if capacity is not None:
+        seats = capacity
+    else:
+        seats = int(place.max()) + 1 if len(x) else 0
     seat = routing.chosen * seats + place                                # (t, k)
     seat = torch.where(place < seats, seat, count * seats)               # last: no seat
     pairs = x[:, None].expand(-1, seat.shape[1], -1).flatten(0, 1)       # (t k, d)
@@ -162,7 +185,9 @@ class MixtureOfExperts(nn.Module):
     capacity_factor  an expert serves at most ceil(capacity_factor k t / E) tokens;
                      None serves everybody
 
-    (..., d) -> (..., d). Raises ValueError for a capacity factor of zero or less.
+    (..., d) -> (..., d). Tokens where `real` (...) is False get zeros, take no seat
+    and are not in the `Routing`. Raises ValueError for a capacity factor of zero or
+    less, or `real` of another shape.
     Source: "Outrageously Large Neural Networks", 2017; capacity: "GShard", 2020.
     """
 
@@ -176,13 +201,38 @@ class MixtureOfExperts(nn.Module):
         self.router, self.experts = router, experts
         self.capacity_factor = capacity_factor
 
-    def forward(self, x: Float[Tensor, "*t d"]) -> Float[Tensor, "*t d"]:
-        tokens = x.flatten(0, -2)                                  # (t, d)
+    def forward(
+        self, x: Float[Tensor, "*t d"], real: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "*t d"]:
+        if real is not None and real.shape != x.shape[:-1]:
+            raise ValueError(f"for tokens {tuple(x.shape)} real is "
+                             f"{tuple(x.shape[:-1])}, got {tuple(real.shape)}")
+        tokens = x.flatten(0, -2) if real is None else x[real]     # (t, d)
         routing, capacity = self.router(tokens), None
         if self.capacity_factor is not None:
             even = routing.chosen.numel() / routing.logits.shape[-1]
             capacity = math.ceil(self.capacity_factor * even)
-        return mix_experts(tokens, routing, self.experts, capacity).view(x.shape)
+        mixed = mix_experts(tokens, routing, self.experts, capacity)
+        if real is None:
+            return mixed.view(x.shape)
+        return mixed.new_zeros(x.shape).index_put((real,), mixed)
+
+# %% notebooks/08_experts_and_elastic_width.ipynb
+class ExpertBlock(Block):
+    """A `Block` whose feed-forward is told which tokens are real.
+
+    A padding mask (b, 1, 1, n) goes to the mixer as it is and to the feed-forward, such
+    as `MixtureOfExperts`, as `real` (b, n). Other masks are for the mixer alone.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        if mask is None:
+            return self.feed(self.mix(x))
+        padding = mask.ndim == 4 and mask.shape[1:3] == (1, 1)
+        given = {"real": mask[:, 0, 0].expand(x.shape[:2])} if padding else {}
+        return self.feed(self.mix(x, mask=mask), **given)
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 def balance_loss(
@@ -219,6 +269,29 @@ def routings(model: nn.Module):
     finally:
         for handle in handles:
             handle.remove()
+
+# %% notebooks/08_experts_and_elastic_width.ipynb
+def mixtral(
+    vocabulary: int = 32000, width: int = 4096, depth: int = 32, hidden: int = 14336,
+    experts: int = 8, top_k: int = 2, *,
+    mixer: Callable[[], nn.Module] | None = None, eps: float = 1e-5,
+) -> LanguageModel:
+    """A Llama whose feed-forwards are mixtures of gated experts.
+
+    mixer makes the attention of a block, by default `rotary_attention` with heads of
+    width 128 and base 1e6; chapter 09 has the published one, with grouped queries.
+    Weights start normal with deviation 0.02. Source: "Mixtral of Experts", 2024.
+    """
+    mixer = mixer or partial(rotary_attention, width, width // 128, 1e6)
+    norm, blocks = partial(nn.RMSNorm, width, eps), []
+    for _ in range(depth):
+        feed = MixtureOfExperts(
+            Router(width, experts, top_k), GatedExperts(width, hidden, experts))
+        blocks.append(ExpertBlock(mixer(), feed, norm))
+    embed = TokenEmbedding(vocabulary, width)
+    head = nn.Linear(width, vocabulary, bias=False)
+    return normal_init_(LanguageModel(embed, Stack(blocks, norm()), head))
+
 
 # %% notebooks/08_experts_and_elastic_width.ipynb
 def nested_feedforward(
@@ -491,7 +564,8 @@ def head_gates(
     _, chosen, weights = routing
     first, second = (2 * share.softmax(-1)).split(1, -1)                 # (..., 1) each
     always = shared.shape[-1] * shared.softmax(-1)                       # (..., s)
-    routed = torch.zeros_like(routing.logits).scatter(-1, chosen, weights)
+    none = torch.zeros_like(routing.logits, dtype=weights.dtype)
+    routed = none.scatter(-1, chosen, weights)
     routed = chosen.shape[-1] * routed                                   # (..., h - s)
     return torch.cat([first * always, second * routed], -1)              # (..., h)
 
@@ -589,7 +663,7 @@ class MixtureOfHiddenDimensions(nn.Module):
         """The routing of the specialized groups, and `group_gates` of all groups."""
         routing = self.router(x)
         shared = routing.logits[..., :0] if self.always is None else self.always(x)
-        return routing, group_gates(shared, routing)
+        return routing, group_gates(shared, routing).to(x.dtype)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         tokens, width = x.flatten(0, -2), x.shape[-1]                        # (t, d)

@@ -5,11 +5,12 @@
 # %% notebooks/07_feedforward.ipynb
 __all__ = ['GATES', 'mechanisms', 'examples', 'gelu', 'gelu_tanh', 'silu', 'squared_relu', 'SquaredReLU', 'gated_hidden',
            'GatedFeedForward', 'rotary_attention', 'normal_init_', 'llama', 'llama_7b', 'llama_13b', 'llama_65b',
-           'causal_depthwise_conv', 'MultiDConvHeadAttention', 'SharedQKAttention', 'NormOutput', 'primer_ez',
-           'primer_full', 'poly_relu', 'poly_norm', 'PolyReLU', 'PolyNorm', 'cubic_splines', 'KANLayer', 'SplineBasis',
-           'spline_kan', 'refine', 'RadialBasis', 'SineBasis', 'FourierBasis', 'fast_kan', 'sine_kan', 'fourier_kan',
-           'kan_feedforward', 'PatchClassifier', 'kan_classifier', 'gated_parts', 'PartialAttention', 'GlobalScores',
-           'PartialEncoder', 'PartialCrossAttention', 'PartialDecoderBlock', 'partial_translator', 'ActivatorUnit',
+           'LoRALinear', 'lora_', 'merge_lora_', 'causal_depthwise_conv', 'MultiDConvHeadAttention',
+           'SharedQKAttention', 'NormOutput', 'primer_ez', 'primer_full', 'poly_relu', 'poly_norm', 'PolyReLU',
+           'PolyNorm', 'cubic_splines', 'KANLayer', 'SplineBasis', 'spline_kan', 'refine', 'RadialBasis', 'SineBasis',
+           'FourierBasis', 'fast_kan', 'sine_kan', 'fourier_kan', 'kan_feedforward', 'PatchClassifier',
+           'kan_classifier', 'gated_parts', 'PartialAttention', 'GlobalScores', 'PartialEncoder',
+           'PartialCrossAttention', 'PartialDecoderBlock', 'partial_translator', 'ActivatorUnit',
            'activator_classifier', 'activator_only']
 
 # %% notebooks/07_feedforward.ipynb
@@ -152,7 +153,7 @@ def llama(
     embed = TokenEmbedding(vocabulary, width)
     return normal_init_(LanguageModel(embed, Stack(blocks, norm()), head))
 
-
+# %% notebooks/07_feedforward.ipynb
 def llama_7b() -> LanguageModel:
     """6,738,415,616 parameters. "LLaMA", 2023; Llama 2 has the same, eps 1e-5."""
     return llama()
@@ -166,6 +167,65 @@ def llama_13b() -> LanguageModel:
 def llama_65b() -> LanguageModel:
     """65,285,660,672 parameters. "LLaMA", 2023."""
     return llama(width=8192, depth=80, heads=64, hidden=22016)
+
+# %% notebooks/07_feedforward.ipynb
+class LoRALinear(nn.Linear):
+    """linear(x) + (alpha / r) B A x, of which A (r, i) and B (o, r) alone are learned.
+
+    Takes over the weights of `linear` and freezes them. alpha defaults to r. Raises
+    ValueError for a rank outside 1 .. min(i, o).
+    Source: "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float | None = None):
+        outputs, inputs = linear.weight.shape
+        if not 1 <= rank <= min(inputs, outputs):
+            raise ValueError(f"rank must be 1 to {min(inputs, outputs)}, got {rank}")
+        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
+        thin = linear.weight.new_empty(rank, inputs).normal_(std=inputs**-0.5)
+        self.a, self.b = nn.Parameter(thin), nn.Parameter(thin.new_zeros(outputs, rank))
+        self.scale = 1.0 if alpha is None else alpha / rank
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+    def merged(self) -> nn.Linear:
+        """An ordinary linear layer that does the same."""
+        made = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features,
+                                  self.bias is not None).to(self.weight)
+        made.weight.data = self.weight + self.scale * self.b.detach() @ self.a.detach()
+        if self.bias is not None:
+            made.bias.data = self.bias.detach().clone()
+        return made
+
+# %% notebooks/07_feedforward.ipynb
+def lora_(
+    model: nn.Module, rank: int, alpha: float | None = None,
+    where: tuple[str, ...] = ("to_qkv", "to_out"),
+) -> nn.Module:
+    """Freeze a model, and give its linear layers with these names a `LoRALinear` each.
+
+    Changes and returns the model. Raises ValueError where no layer has such a name.
+    Source: "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    found = [(part, name, child) for part in model.modules() for name, child
+             in part.named_children() if name in where and type(child) is nn.Linear]
+    if not found:
+        raise ValueError(f"no linear layer is called {' or '.join(where)}")
+    model.requires_grad_(False)
+    for part, name, child in found:
+        setattr(part, name, LoRALinear(child, rank, alpha))
+    return model
+
+
+def merge_lora_(model: nn.Module) -> nn.Module:
+    """Put ordinary linear layers in the places of all `LoRALinear`s; outputs stay."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(part, name, child.merged())
+    return model
 
 # %% notebooks/07_feedforward.ipynb
 def causal_depthwise_conv(

@@ -270,8 +270,8 @@ class Rotary(nn.Module):
         return place[:, None] * self.speeds              # (m, c)
 
     def forward(
-        self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h m e"],
-        v: Float[Tensor, "b h m c"],
+        self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b g m e"],
+        v: Float[Tensor, "b g m c"],
         **given,
     ) -> Float[Tensor, "b h n c"]:
         n, m = q.shape[-2], k.shape[-2]
