@@ -699,10 +699,8 @@ class DynamicSpectrumMixer(nn.Module):
     def __init__(self, height: int, columns: int, generate: nn.Module, bands: int = 8):
         super().__init__()
         self.size, self.generate = (height, columns), generate
-        band = frequency_bands(height, columns, bands)
-        member = F.one_hot(band.flatten(), bands).to(torch.get_default_dtype())
-        self.register_buffer("band", band, persistent=False)
-        # (n, k): columns that take means over a band
+        self.register_buffer("band", frequency_bands(height, columns, bands), False)
+        member = F.one_hot(self.band.flatten(), bands).to(torch.get_default_dtype())
         self.register_buffer("member", member / member.sum(0), persistent=False)
 
     def weights(self, spectrum: Float[Tensor, "b d H W"]) -> Float[Tensor, "b d k"]:
