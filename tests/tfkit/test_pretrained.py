@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from tfkit import pretrained
 from tfkit.pretrained import Layout
+from tfkit.zoo.attention_variants import grouped_rotary_attention
 from tfkit.zoo.depth_and_residuals import cait
+from tfkit.zoo.experts_and_elastic_width import mixtral
 from tfkit.zoo.feedforward import llama
-from tfkit.zoo.normalization import t5
+from tfkit.zoo.normalization import MaskedLanguageModel, bert, t5
 from tfkit.zoo.transformer import gpt2
 
 transformers = pytest.importorskip("transformers")
@@ -38,7 +41,22 @@ def peer_llama(**given):
     return shaken(transformers.LlamaForCausalLM(config))
 
 
+def peer_mixtral():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return shaken(transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, rope_theta=1e6)))
+
+
+def grouped(base: float):
+    return partial(grouped_rotary_attention, 16, 4, 2, base)
+
+
 OURS = {
+    "llama, grouped": (
+        partial(peer_llama, num_key_value_heads=2, rope_theta=500.0),
+        lambda: llama(40, 16, 2, hidden=24, mixer=grouped(500.0)),
+    ),
+    "mixtral": (peer_mixtral, lambda: mixtral(40, 16, 2, 24, 4, 2, mixer=grouped(1e6))),
     "gpt2": (peer_gpt2, lambda: gpt2(40, 16, 16, 2, 2)),
     "llama": (peer_llama, lambda: llama(40, 16, 2, 4, 24)),
 }
@@ -51,12 +69,46 @@ def save(model, folder, **given):
     return folder
 
 
-@pytest.mark.parametrize("layout", OURS)
-def test_logits_of_transformers(layout, tmp_path):
-    peer, ours = OURS[layout][0](), OURS[layout][1]().eval()
-    assert pretrained.load(ours, save(peer, tmp_path), layout) is ours
+@pytest.mark.parametrize("name", OURS)
+def test_logits_of_transformers(name, tmp_path):
+    peer, ours = OURS[name][0](), OURS[name][1]().eval()
+    assert pretrained.load(ours, save(peer, tmp_path), name.split(",")[0]) is ours
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS), peer(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def peer_bert():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=12)
+    return shaken(transformers.BertForPreTraining(config))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["today's names", "names of 2018"])
+def test_states_and_logits_of_transformers_bert(old, tmp_path):
+    peer, file = peer_bert(), tmp_path / "model.safetensors"
+    state = load_file(save(peer, tmp_path) / "model.safetensors")
+    if old:
+        state = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+            for name, value in state.items()
+        }
+        state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"].clone()
+        state["bert.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(state, file)
+    segments, real = (IDS > 20).long(), torch.arange(9) < torch.tensor([[9], [6]])
+    given = {"token_type_ids": segments, "attention_mask": real.long()}
+    ours = pretrained.load(bert(40, 12, 16, 2, 4).eval(), file, "bert", ignore=("cls.*",))
+    with torch.no_grad():
+        expected, states = peer.bert(IDS, **given), ours(IDS, segments, real)
+        torch.testing.assert_close(states[real], expected.last_hidden_state[real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.summary(states), expected.pooler_output, atol=1e-5, rtol=1e-5)
+    whole = MaskedLanguageModel(bert(40, 12, 16, 2, 4)).eval()
+    pretrained.load(whole, file, "bert_masked", ignore=("cls.seq_relationship.*",))
+    with torch.no_grad():
+        logits = peer(IDS, **given).prediction_logits
+        torch.testing.assert_close(whole(IDS, segments, real)[real], logits[real], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="cls.predictions.bias is unknown"):
+        pretrained.load(bert(40, 12, 16, 2, 4), file, "bert")
 
 
 def test_logits_of_transformers_t5(tmp_path):
@@ -143,6 +195,31 @@ def test_logits_of_timm_cait(prefix, tmp_path):
     expected = [[-0.4582432, -1.6779476, 1.8526463], [-0.4582424, -1.6779464, 1.8526443]]
     with torch.no_grad():
         torch.testing.assert_close(ours(PICTURES), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def tiny_vit(hidden: int):
+    zoo = pytest.importorskip("tfkit.zoo.vision_transformer")
+    return zoo.vit(8, 4, 16, 2, 2, hidden=hidden, classes=3).eval()
+
+
+def test_logits_of_timm_vit(tmp_path):
+    """The expected numbers are those of timm 1.0.31 with the same weights and pictures."""
+    names = {"cls_token": (1, 1, 16), "pos_embed": (1, 5, 16)} | pair("patch_embed.proj", 16, 3, 4, 4)
+    names |= timm_block("blocks.0") | timm_block("blocks.1") | pair("norm", 16) | pair("head", 3, 16)
+    torch.save(numbered(names), tmp_path / "vit.pth")
+    ours = pretrained.load(tiny_vit(64), tmp_path / "vit.pth", "timm_vit")
+    expected = [[-1.4169535, -1.352776, 2.5146229], [-1.4169423, -1.3528994, 2.5147293]]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(PICTURES), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_transformers_vit(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3, layer_norm_eps=1e-6)
+    peer = shaken(transformers.ViTForImageClassification(config))
+    ours = pretrained.load(tiny_vit(24), save(peer, tmp_path), "vit")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(PICTURES), peer(PICTURES).logits, atol=1e-5, rtol=1e-5)
 
 
 # What does not fit is named, and nothing is written.

@@ -18,6 +18,7 @@ from tfkit.zoo.normalization import (
     CRMSNorm,
     DynamicTanh,
     ImageClassifier,
+    MaskedLanguageModel,
     PatchEmbedding,
     ProgressiveNorm,
     RepBatchNorm,
@@ -29,6 +30,9 @@ from tfkit.zoo.normalization import (
     TokenBatchNorm,
     TokenGroupNorm,
     UnifiedNorm,
+    bert,
+    bert_base,
+    bert_large,
     centered,
     digit_classifier,
     dual_patch_embedding,
@@ -37,6 +41,7 @@ from tfkit.zoo.normalization import (
     fold,
     fold_norms,
     geometric_mean,
+    hide_tokens,
     is_outlier,
     magneto_init_,
     magneto_model,
@@ -258,6 +263,58 @@ def test_scale_norm_model_is_saved_whole():
 
 
 # ----------------------------------------------------------------------------------------------------- T5, dynamic tanh
+
+
+@pytest.mark.parametrize("make, total", [(bert_base, 109_482_240), (bert_large, 335_141_888)])
+def test_bert_has_the_published_size(make, total):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make().parameters()) == total
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bert_starts_as_published(seed):
+    """Normal of deviation 0.02 cut at two deviations, whose own deviation is 0.02 times 0.8796; zero biases."""
+    torch.manual_seed(seed)
+    model = MaskedLanguageModel(bert(500, 32, 64, 2, 4))
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and "kinds" not in name:
+            assert p.abs().max() <= 0.04 and p.std().item() == pytest.approx(0.02 * 0.8796, rel=0.05), name
+        elif name.endswith("bias"):
+            assert not p.any(), name
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+    hidden, targets = hide_tokens(torch.randint(500, (20, 30)), 3, 500)
+    loss = F.cross_entropy(model(hidden).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    assert loss.item() == pytest.approx(math.log(500), abs=0.1)
+
+
+def test_bert_sees_both_sides_and_no_padding():
+    model, ids = bert(20, 8, 16, 2, 2), torch.randint(20, (2, 6))
+    real = torch.arange(6) < torch.tensor([[6], [4]])
+    other = torch.where(real, ids, (ids + 1) % 20)
+    assert torch.equal(model(ids, real=real)[real], model(other, real=real)[real])
+    assert not torch.allclose(model(ids)[real], model(other)[real])
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 20
+    assert not torch.allclose(model(ids)[:, 0], model(changed)[:, 0])
+    assert torch.equal(model(ids), model(ids, torch.zeros_like(ids)))
+    assert not torch.allclose(model(ids), model(ids, torch.ones_like(ids)))
+    with pytest.raises(ValueError, match="positions are known up to 8, and the text has 9"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_bert_hides_tokens_in_its_shares():
+    ids, generator = torch.randint(4, 1000, (400, 100)), torch.Generator().manual_seed(0)
+    seen, targets = hide_tokens(ids, 3, 1000, generator=generator)
+    asked = targets != -100
+    assert torch.equal(targets[asked], ids[asked]) and torch.equal(seen[~asked], ids[~asked])
+    assert asked.float().mean().item() == pytest.approx(0.15, abs=0.006)
+    marked, same = (seen[asked] == 3).float().mean().item(), (seen[asked] == ids[asked]).float().mean().item()
+    assert marked == pytest.approx(0.8, abs=0.02) and same == pytest.approx(0.1, abs=0.02)
+    again = hide_tokens(ids, 3, 1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], seen) and (hide_tokens(ids, 3, 1000, share=1.0)[1] == ids).all()
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match=str(share)):
+            hide_tokens(ids, 3, 1000, share)
 
 
 @pytest.mark.parametrize("make, total", [(t5_small, 60_506_624), (t5_base, 222_903_552), (t5_large, 737_668_096)])

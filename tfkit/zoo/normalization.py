@@ -4,7 +4,8 @@
 
 # %% notebooks/05_normalization.ipynb
 __all__ = ['mechanisms', 'examples', 'standardize', 'rms', 'TokenGroupNorm', 'TokenBatchNorm', 'standardize_gradient',
-           'rms_gradient', 'SandwichNorm', 'BranchNorm', 'SharedHead', 't5_init_', 't5', 't5_small', 't5_base',
+           'rms_gradient', 'SandwichNorm', 'BranchNorm', 'BertEmbedding', 'Bert', 'bert', 'bert_init_', 'bert_base',
+           'bert_large', 'hide_tokens', 'MaskedLanguageModel', 'SharedHead', 't5_init_', 't5', 't5_small', 't5_base',
            't5_large', 'DynamicTanh', 'ScaleNorm', 'UnitEmbedding', 'fix_norm_', 'small_init_', 'fold', 'centered',
            'ends', 'Recentered', 'to_rms_norm', 'CRMSNorm', 'to_crms_norm', 'PatchEmbedding', 'ImageClassifier',
            'digit_classifier', 'RepBatchNorm', 'ProgressiveNorm', 'fold_norms', 'simplified_linear_attention',
@@ -24,11 +25,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    CrossAttention, MultiHeadAttention, attention, causal_attention, merge_heads
+    CrossAttention, MultiHeadAttention, attention, causal_attention, merge_heads,
+    padding_mask,
 )
 from tfkit.zoo.transformer import (
-    Block, DecoderBlock, EncoderDecoder, FeedForward, LanguageModel, PreNorm, Stack,
-    TokenEmbedding, language_model
+    Block, DecoderBlock, EncoderDecoder, FeedForward, LanguageModel, PostNorm, PreNorm,
+    Stack, TokenEmbedding, language_model
 )
 from .positions import T5Bias, t5_causal_buckets
 
@@ -141,8 +143,131 @@ class BranchNorm(PreNorm):
         return x + self.norm(self.part(x, *others, **given))
 
 # %% notebooks/05_normalization.ipynb
+class BertEmbedding(nn.Module):
+    """norm(token + position + segment): ids (b, n) to vectors (b, n, d).
+
+    segments (b, n) says to which text a token belongs, 0 by default. Raises ValueError
+    for more than `length` tokens. Source: "BERT: Pre-training of Deep Bidirectional
+    Transformers for Language Understanding", 2018.
+    """
+
+    def __init__(self, vocabulary: int, length: int, width: int, kinds: int = 2):
+        super().__init__()
+        self.table, self.places, self.kinds = (
+            nn.Embedding(count, width) for count in (vocabulary, length, kinds))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(
+        self, ids: Int[Tensor, "b n"], segments: Int[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        n, most = ids.shape[1], self.places.num_embeddings
+        if n > most:
+            raise ValueError(f"positions are known up to {most}, and the text has {n}")
+        kinds = torch.zeros_like(ids) if segments is None else segments
+        places = torch.arange(n, device=ids.device)
+        return self.norm(self.table(ids) + self.places(places) + self.kinds(kinds))
+
+# %% notebooks/05_normalization.ipynb
+class Bert(nn.Module):
+    """Token ids (b, n) to states (b, n, d) that have seen both sides.
+
+    real (b, n) is True at real tokens. `summary` makes one vector of a text's states.
+    Source: "BERT", 2018.
+    """
+
+    def __init__(self, embed: nn.Module, stack: nn.Module, width: int):
+        super().__init__()
+        self.embed, self.stack, self.pool = embed, stack, nn.Linear(width, width)
+
+    def forward(
+        self, ids: Int[Tensor, "b n"], segments: Int[Tensor, "b n"] | None = None,
+        real: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        given = {} if real is None else {"mask": padding_mask(real)}
+        return self.stack(self.embed(ids, segments), **given)
+
+    def summary(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        """tanh(W s + b) for the state s of the first token."""
+        return torch.tanh(self.pool(states[:, 0]))
+
+# %% notebooks/05_normalization.ipynb
+def bert(
+    vocabulary: int = 30522, length: int = 512, width: int = 768, depth: int = 12,
+    heads: int = 12,
+) -> Bert:
+    """BERT, by default the base one; weights start as in its code: normal with
+    deviation 0.02, cut at two deviations.
+
+    Source: "BERT", 2018.
+    """
+    norm, mixer = partial(nn.LayerNorm, width, eps=1e-12), MultiHeadAttention
+    blocks = [Block(mixer(width, heads), FeedForward(width), norm, PostNorm)
+              for _ in range(depth)]
+    embed = BertEmbedding(vocabulary, length, width)
+    return bert_init_(Bert(embed, Stack(blocks), width))
+
+
+def bert_init_(model: nn.Module) -> nn.Module:
+    """Truncated normal weights of deviation 0.02 and zero biases, in place."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def bert_base() -> Bert:
+    """109,482,240 parameters. "BERT", 2018."""
+    return bert()
+
+
+def bert_large() -> Bert:
+    """335,141,888 parameters. "BERT", 2018."""
+    return bert(width=1024, depth=24, heads=16)
+
+# %% notebooks/05_normalization.ipynb
+def hide_tokens(
+    ids: Int[Tensor, "b n"], mark: int, vocabulary: int, share: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """BERT's exercise: ids with gaps, and targets, -100 where nothing is asked.
+
+    Of the chosen `share`, 80% become `mark`, 10% a random token, 10% stay. Raises
+    ValueError for a share outside (0, 1]. Source: "BERT", 2018.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of hidden tokens is in (0, 1], got {share}")
+    draw = lambda: torch.rand(ids.shape, generator=generator).to(ids.device)
+    chosen, how = draw() < share, draw()
+    other = torch.randint(vocabulary, ids.shape, generator=generator).to(ids.device)
+    seen = torch.where(how < 0.8, mark, torch.where(how < 0.9, other, ids))
+    return torch.where(chosen, seen, ids), torch.where(chosen, ids, -100)
+
+# %% notebooks/05_normalization.ipynb
+class MaskedLanguageModel(nn.Module):
+    """Logits (b, n, V) for every token: norm(gelu(W h)) E^T + b, E the table of `bert`.
+
+    Arguments of forward as for `Bert`. Source: "BERT", 2018.
+    """
+
+    def __init__(self, bert: Bert):
+        super().__init__()
+        vocabulary, width = bert.embed.table.weight.shape
+        self.bert, self.change = bert, nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        bert_init_(self.change)
+
+    def forward(self, ids: Int[Tensor, "b n"], *others, **given) -> Tensor:
+        h = self.norm(F.gelu(self.change(self.bert(ids, *others, **given))))
+        return F.linear(h, self.bert.embed.table.weight, self.bias)
+
+# %% notebooks/05_normalization.ipynb
 class SharedHead(nn.Module):
-    """Logits x E^T / sqrt(d) with the table E (V, d) of an embedding: (..., d) -> (..., V).
+    """Logits x E^T / sqrt(d) with the table E (V, d) of an embedding.
+
+    (..., d) -> (..., V).
 
     Source: "Exploring the Limits of Transfer Learning" (T5), 2019.
     """
@@ -154,10 +279,10 @@ class SharedHead(nn.Module):
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         return F.linear(x * self.table.embedding_dim**-0.5, self.table.weight)
 
-
+# %% notebooks/05_normalization.ipynb
 @torch.no_grad()
 def t5_init_(model: nn.Module) -> nn.Module:
-    """T5's start, in place: matrices normal with variance 1 / fan-in, embeddings with 1.
+    """T5's start, in place: matrices normal with variance 1 / fan-in, embeddings 1.
 
     Queries are divided by sqrt(e) once more, since scores are not; the bias table has
     variance 1 / d. Source: "Exploring the Limits of Transfer Learning" (T5), 2019.
@@ -364,8 +489,9 @@ def _branches(model: LanguageModel, norm: type) -> list[PreNorm]:
     norms = [*(branch.norm for branch in found), model.stack.norm]
     wrong = {type(m).__name__ for m in found if type(m) is not PreNorm}
     wrong |= {type(n).__name__ for n in norms if type(n) is not norm}
-    known = {LanguageModel, TokenEmbedding, Stack, Block, PreNorm, type(None), nn.Linear}
-    around = [model, model.embed, model.stack, model.head, *model.stack.blocks]
+    known = {LanguageModel, TokenEmbedding, Stack, Block, PreNorm, nn.Linear}
+    around = [model, model.embed, model.stack, *model.stack.blocks]
+    around += [] if model.head is None else [model.head]
     wrong |= {type(m).__name__ for m in around if type(m) not in known}
     if wrong:
         raise ValueError(f"exact for PreNorm with {norm.__name__} alone, and here is "
