@@ -50,7 +50,7 @@ EXEMPT = {
         budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "15_state_spaces": """
-        budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
+        budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "16_sequence_compression": """
         budget exercise_kinds expectations median_cell names_once schematic walls words_per_line

@@ -211,6 +211,16 @@ def test_hyena_filters_do_not_grow_and_end():
         z.hyena(torch.ones(1, 2, 3), [torch.ones(1, 2, 3)] * 2, [torch.ones(2, 3)], torch.ones(2, 3))
 
 
+def test_hyena_windows_fall_to_a_hundredth():
+    filters = z.ImplicitFilter(5, length=10)
+    with torch.no_grad():
+        window = filters(10) / filters.network(filters.features)
+    t = torch.arange(10) / 10
+    assert torch.allclose(window[:, 0], 100 ** (-t / 1.5), atol=1e-4)
+    assert torch.allclose(window[:, -1], 100 ** (-t / 0.3), atol=1e-4)
+    assert abs(window[3, -1].item() - 0.01) < 1e-4
+
+
 # ------------------------------------------------------------------------------------------------------ selective scan
 
 
@@ -420,6 +430,15 @@ def test_avey_is_causal_and_the_released_query_is_not(seed, n, split, top):
     assert contracts.causal(model, x)
     model.query = z.split_itself
     assert not contracts.causal(model, torch.randn(4, 6 * split, 8)) or top >= 5
+
+
+def test_avey_processor_is_its_formula(seed):
+    layer, x = z.NeuralProcessor(6, 5, expand=4, share=0.5), torch.randn(2, 5, 6)
+    rich = (x @ layer.enrich.weight.T + layer.enrich.bias).clamp_min(0) ** 2  # 24 features: 6 + 6 mixed, 12 bypass
+    a, b, bypass = rich.split([6, 6, 12], -1)
+    unit = a / a.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    mixed = ((layer.mix.tril() * (unit @ unit.mT)) @ a) * b
+    assert torch.allclose(layer(x), layer.fuse(torch.cat([mixed, bypass], -1)), atol=1e-5)
 
 
 def test_avey_mixing_is_its_sum(seed):

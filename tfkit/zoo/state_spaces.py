@@ -4,11 +4,11 @@
 
 # %% notebooks/15_state_spaces.ipynb
 __all__ = ['mechanisms', 'examples', 'causal_convolution', 'linear_scan', 's4d_kernel', 's4d_past', 'S4D', 'legendre_memory',
-           'legendre_readout', 'impulse_response', 'LegendreMemoryUnit', 'CausalConvolution', 'TokenBatchNorm',
-           'Residual', 'RunningMean', 'lmuformer', 'Sine', 'ImplicitFilter', 'hyena', 'ShortConvolution', 'Hyena',
-           'selective_scan_from', 'selective_scan', 'start_valve_', 'MambaMixer', 'mamba', 'important_tokens', 'take',
-           'Decimated', 'DeciMamba', 'decimamba', 'maxsim', 'rank_splits', 'rank_earlier', 'split_before',
-           'split_itself', 'retrieve', 'contextualize', 'NeuralProcessor', 'Avey']
+           'legendre_readout', 'impulse_response', 'LegendreMemoryUnit', 'CausalConvolution', 'Residual', 'RunningMean',
+           'lmuformer', 'Sine', 'ImplicitFilter', 'hyena', 'ShortConvolution', 'Hyena', 'selective_scan_from',
+           'selective_scan', 'start_valve_', 'MambaMixer', 'mamba', 'important_tokens', 'take', 'Decimated',
+           'DeciMamba', 'decimamba', 'maxsim', 'rank_splits', 'rank_earlier', 'split_before', 'split_itself',
+           'retrieve', 'contextualize', 'NeuralProcessor', 'Avey']
 
 # %% notebooks/15_state_spaces.ipynb
 import math
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .attention import MultiHeadAttention, causal_attention
 from ..past import recall
+from .normalization import TokenBatchNorm
 from tfkit.zoo.transformer import (
     LanguageModel, PreNorm, Stack, TokenEmbedding, _real_tokens, in_float32,
 )
@@ -306,13 +307,6 @@ class CausalConvolution(nn.Conv1d):
         return super().forward(x).transpose(1, 2)      # as many as were given
 
 # %% notebooks/15_state_spaces.ipynb
-class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch norm of tokens: each feature over all tokens of all sequences."""
-
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
 class Residual(nn.Sequential):
     """x + f(x), with f the given modules in order."""
 
