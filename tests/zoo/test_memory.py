@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts
+from tfkit.past import remember
 from tfkit.zoo import memory as z
 from tfkit.zoo.attention import causal_mask, padding_mask
 from tfkit.zoo.transformer import SinusoidalPositions
@@ -475,3 +476,159 @@ def test_mechanisms_are_causal(name):
     torch.manual_seed(0)
     module, inputs = z.mechanisms[name]()
     assert contracts.causal(partial(module), inputs[0][:1, :40])
+
+
+def test_atlas_layer_gives_each_gate_its_own_work(seed):
+    layer, x = z.AtlasMemory(16, 2, 3, 4, features=IDENTITY, optimize=IDENTITY).double(), torch.randn(2, 11, 16).double()
+    with torch.no_grad():
+        layer.to_gates.bias.normal_(), layer.to_gates.weight.mul_(3)
+    q, k, v = layer.project(x)
+    unit = partial(F.normalize, dim=-1)
+    keep, rate, momentum, weight = (g.mT for g in layer.to_gates(x).sigmoid().chunk(4, -1))  # (b, h, n) each
+    given = z.Gates(keep=keep, rate=rate, momentum=momentum, weight=weight)
+    wanted = word_by_word(unit(unit(q)), unit(unit(k)), v, given, 3, IDENTITY, 4)
+    assert torch.allclose(layer(x), layer.to_out(wanted.transpose(1, 2).flatten(2)), atol=1e-8)
+    for wrong in (given._replace(momentum=keep), given._replace(weight=torch.ones_like(weight))):
+        other = word_by_word(unit(q), unit(k), v, wrong, 3, IDENTITY, 4)
+        assert not torch.allclose(layer(x), layer.to_out(other.transpose(1, 2).flatten(2)), atol=1e-3)
+
+
+def test_trams_chooses_in_each_head_by_itself(seed):
+    layer, x, memory = randomized(z.XLAttention(16, 2)), torch.randn(1, 3, 16), torch.randn(1, 9, 16)
+    score = z.norm_score(z.memory_keys(layer, memory))  # (1, 2, 9)
+    mask = lambda score: torch.zeros(1, 2, 1, 12, dtype=torch.bool).index_fill(-1, torch.arange(9, 12), True).scatter(
+        -1, score.topk(3, -1).indices[:, :, None], True
+    )
+    assert torch.allclose(z.SelectedMemory(layer, 3, z.norm_score)(x, memory), layer(x, memory, mask(score)), atol=1e-6)
+    averaged = score.mean(1, keepdim=True).expand_as(score)
+    assert not torch.equal(mask(score), mask(averaged))
+    assert not torch.allclose(layer(x, memory, mask(score)), layer(x, memory, mask(averaged)), atol=1e-4)
+
+
+# -------------------------------------------------------------------------------- the gated delta rule
+
+
+def gated_delta_loop(q, k, v, fade, rate, state):
+    out = []
+    for t in range(q.shape[2]):
+        state = fade[:, :, t, None, None].exp() * state
+        wrong = (k[:, :, t, None] @ state).squeeze(-2) - v[:, :, t]
+        state = state - rate[:, :, t, None, None] * k[:, :, t, :, None] * wrong[:, :, None]
+        out.append((q[:, :, t, None] @ state).squeeze(-2))
+    return torch.stack(out, 2), state
+
+
+@pytest.mark.parametrize("n, chunk", [(1, 4), (4, 4), (13, 4), (9, 32)])
+def test_gated_delta_rule_is_the_recurrence(n, chunk, seed):
+    random = partial(torch.randn, dtype=torch.float64)
+    q, k, v = random(2, 2, n, 5), F.normalize(random(2, 2, n, 5), dim=-1), random(2, 2, n, 3)
+    fade, rate, start = -2 * random(2, 2, n).abs(), random(2, 2, n).sigmoid(), random(2, 2, 5, 3)
+    flat = lambda rule: lambda *given: torch.cat([t.flatten(2) for t in rule(*given)], -1)
+    ours, loop = flat(partial(z.gated_delta_rule, chunk=chunk)), flat(gated_delta_loop)
+    assert contracts.reduces_to(ours, loop, q, k, v, fade, rate, start, atol=1e-8)
+    exact, _ = z.gated_delta_rule(k, k, v, fade, 1 + 0 * rate, start, chunk)
+    assert torch.allclose(exact, v)  # at rate 1 the key just read gives its value
+    assert not torch.allclose(z.gated_delta_rule(q, k, v, 0 * fade, rate, start, chunk)[0], loop(q, k, v, fade, rate, start)[..., : n * 3].view(2, 2, n, 3), atol=1e-3)
+
+
+def test_gated_delta_layer_starts_by_keeping_and_refuses_no_chunk():
+    layer = z.GatedDelta(8, 2)
+    fade = -layer.log_a.exp() * F.softplus(layer.to_gates.bias[:2])
+    assert torch.allclose(fade.exp(), torch.full((2,), 0.98), atol=0.01)
+    with pytest.raises(ValueError, match="got 0"):
+        z.GatedDelta(8, 2, chunk=0)
+
+
+# ---------------------------------------------------------------------------------- in a training run
+
+LAYERS = {
+    "relative": lambda: z.XLAttention(16, 2),
+    "segments": lambda: z.SegmentAttention(z.XLAttention(16, 2), 5, 7),
+    "short memory": lambda: z.SegmentAttention(z.XLAttention(16, 2), 6, 3),
+    "compressed": lambda: z.CompressedSegments(
+        z.XLAttention(16, 2), z.Compressive(4, 4, z.ConvolutionCompression(16, 2), 2), 5
+    ),
+    "ATLAS": lambda: z.AtlasMemory(16, 2, 3, 4),
+    "omega": lambda: z.AtlasMemory(16, 2, 4, 5, optimize=IDENTITY),
+    "delta": lambda: z.AtlasMemory(16, 2, 1, 1, features=IDENTITY, optimize=IDENTITY),
+    "any step": lambda: z.AtlasMemory(16, 2, 3, 4, optimize=torch.tanh),
+    "gated delta": lambda: z.GatedDelta(16, 2, 8),
+}
+# the most numbers kept of one text, however long; relative attention keeps all tokens
+MOST = {"relative": None, "segments": 11 * 16, "short memory": 8 * 16, "compressed": (4 + 1 + 4 + 4) * 16,
+        "ATLAS": 2 * (2 * 8 * 44 + 5 * (44 + 8 + 4)), "omega": 2 * (2 * 8 * 44 + 7 * (44 + 8 + 4)),
+        "delta": 2 * 2 * 8 * 8, "any step": 2 * (2 * 8 * 44 + 5 * (44 + 8 + 4)), "gated delta": 2 * 8 * 8}  # fmt: skip
+layers = pytest.mark.parametrize("name", list(LAYERS))
+
+
+@layers
+@pytest.mark.parametrize("cuts", [[1, 3, 19], [10, 1, 1, 2, 9]])
+def test_a_text_in_pieces_is_the_whole_text(name, cuts):
+    torch.manual_seed(0)
+    layer, x = randomized(LAYERS[name](), 0.1).double(), torch.randn(2, 23, 16).double()
+    with torch.no_grad(), remember(layer) as past:
+        pieces, kept = [], []
+        for piece in x.split(cuts, 1):
+            pieces.append(layer(piece))
+            kept.append(past.numbers())
+    assert torch.allclose(torch.cat(pieces, 1), layer(x), atol=1e-7)
+    if MOST[name]:
+        assert max(kept) <= 2 * MOST[name] + 1 < 2 * 23 * 16 * 10
+
+
+def test_models_with_states_to_hand_on_refuse_pieces():
+    for make, reason in ((lambda: model(4), "where a text is cut"), (lambda: z.SelectedMemory(z.XLAttention(8, 2), 2), "given")):
+        with pytest.raises(ValueError, match=reason), remember(make()):
+            pass
+    for name in ("segments", "omega"):
+        layer, real = LAYERS[name](), torch.tensor([[True, False, True]])
+        with pytest.raises(ValueError, match="cannot have padding"), remember(layer):
+            layer(torch.randn(1, 3, 16), padding_mask(real))
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n != "compressed"])
+def test_padding_anywhere_changes_nothing(name):
+    torch.manual_seed(0)
+    layer, x = randomized(LAYERS[name](), 0.1).double(), torch.randn(2, 13, 16).double()
+    real = torch.tensor([[True] * 13, [False] * 3 + [True] * 7 + [False] * 3])
+    padded = lambda x, real: layer(x, mask=padding_mask(real))
+    assert contracts.padding_invariant(padded, x, real)
+    assert torch.allclose(padded(x, real)[1, 3:10], layer(x[1:, 3:10])[0], atol=1e-7)
+    assert not torch.allclose(padded(x, real | True)[1, 3:10], layer(x[1:, 3:10])[0], atol=1e-3)
+    assert padded(x, real & False).isfinite().all()
+
+
+@layers
+@pytest.mark.parametrize("kind", [torch.bfloat16, "autocast"], ids=["bf16", "autocast"])
+def test_sixteen_bits_stay_near(name, kind):
+    torch.manual_seed(0)
+    layer, x = randomized(LAYERS[name](), 0.1), torch.randn(2, 23, 16, requires_grad=True)
+    wanted = layer(x)
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    else:
+        found = layer.to(kind)(x.to(kind))
+    (slope,) = torch.autograd.grad(found.float().square().sum(), x)
+    assert (found - wanted).norm() < 0.03 * wanted.norm() and slope.isfinite().all()
+
+
+def test_newton_schulz_does_not_diverge_in_sixteen_bits():
+    torch.manual_seed(0)
+    for g in (torch.outer(torch.randn(16), torch.randn(40)), torch.randn(16, 40)):
+        values = torch.linalg.svdvals(z.newton_schulz(g.bfloat16()).float())
+        assert 0.6 < values.max() < 1.3
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(z.newton_schulz(g), z.newton_schulz(g.double()).float(), atol=1e-2)
+
+
+@layers
+def test_gradients_by_transform_equal_those_of_autograd(name):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]().double(), torch.randn(2, 11, 16).double()
+    weights = dict(layer.named_parameters())
+    loss = lambda weights, x: torch.func.functional_call(layer, weights, (x[None],)).square().sum()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    found = torch.autograd.grad(loss(weights, x[1]), list(weights.values()), allow_unused=True)
+    for slope, (key, wanted) in zip(found, each.items(), strict=True):
+        assert torch.allclose(torch.zeros_like(wanted[1]) if slope is None else slope, wanted[1], atol=1e-7), key

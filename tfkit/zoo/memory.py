@@ -8,7 +8,7 @@ __all__ = ['mechanisms', 'examples', 'xl_attention', 'wave_attention', 'XLAttent
            'reconstruction_loss', 'Compressed', 'Compressive', 'memory_keys', 'ones_score', 'released_score',
            'norm_score', 'SelectedMemory', 'shuffle_far', 'replace_far', 'token_losses', 'polynomial_features',
            'polar_factor', 'newton_schulz', 'decay_table', 'decaying_sum', 'Gates', 'regression_error', 'as_it_is',
-           'omega_memory', 'AtlasMemory', 'CompressedSegments']
+           'omega_memory', 'AtlasMemory', 'gated_delta_rule', 'GatedDelta', 'CompressedSegments']
 
 # %% notebooks/14_memory.ipynb
 from collections.abc import Callable, Sequence
@@ -25,8 +25,10 @@ from tfkit.zoo.attention import (
     split_heads,
 )
 from .attention_variants import relative_shift
+from ..past import recall
 from tfkit.zoo.transformer import (
-    Block, FeedForward, PostNorm, TokenEmbedding, _real_tokens, sinusoidal_positions,
+    Block, FeedForward, PostNorm, TokenEmbedding, _real_tokens, in_float32,
+    sinusoidal_positions,
 )
 
 # %% notebooks/14_memory.ipynb
@@ -75,12 +77,21 @@ def wave_attention(
     return causal_attention(q, k, v, mask, scale=place.shape[-1] ** -0.5)[..., :c]
 
 # %% notebooks/14_memory.ipynb
+def _all_before(past, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All tokens of earlier pieces, and a padding mask for those and these."""
+    here = torch.ones(len(x), 1, 1, x.shape[1], dtype=torch.bool, device=x.device)
+    here = here if mask is None else mask.expand_as(here)
+    memory = past.append("x", x.detach(), dim=1)[:, : -x.shape[1]]
+    return memory, past.append("real", here, dim=-1)
+
+# %% notebooks/14_memory.ipynb
 class XLAttention(nn.Module):
     """Attention over a memory (b, m, d) and new tokens (b, n, d): `xl_attention`.
 
     The memory is detached. With more than `table` keys `wave_attention` computes the
-    same. mask, for attention (n, m + n), is True where allowed. Raises ValueError when
-    heads does not divide width. Source: "Transformer-XL: Attentive Language Models
+    same. mask, for attention (n, m + n), is True where allowed. Inside `remember`, and
+    without a memory of its own, all tokens so far are the memory. Raises ValueError
+    when heads does not divide width. Source: "Transformer-XL: Attentive Language Models
     Beyond a Fixed-Length Context", 2019.
     """
 
@@ -100,6 +111,8 @@ class XLAttention(nn.Module):
         self, x: Float[Tensor, "b n d"], memory: Float[Tensor, "b m d"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        if memory is None and (past := recall(self)) is not None:
+            memory, mask = _all_before(past, x, mask)
         seen = x if memory is None else torch.cat([memory.detach(), x], 1)
         q = split_heads(self.to_q(x), self.heads)                    # (b, h, n, e)
         k, v = (split_heads(t, self.heads) for t in self.to_kv(seen).chunk(2, -1))
@@ -164,6 +177,8 @@ class TransformerXL(nn.Module):
     is one memory for each block. Source: "Transformer-XL: Attentive Language Models
     Beyond a Fixed-Length Context", 2019.
     """
+
+    no_past = "what it sees depends on where a text is cut; hand its states on yourself"
 
     def __init__(
         self, embed: nn.Module, blocks: Sequence[nn.Module],
@@ -235,13 +250,25 @@ def segment_mask(
     return (place <= place[:, None]) & (place >= first[:, None])
 
 # %% notebooks/14_memory.ipynb
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens in another order: x (b, n, d), order (b, n)."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _no_padding(x: Tensor, mask: Tensor | None) -> None:
+    if mask is not None and not _real_tokens(x, mask).all():
+        raise ValueError("segments are cut by counting tokens, so a text fed in pieces "
+                         "cannot have padding")
+
+# %% notebooks/14_memory.ipynb
 class SegmentAttention(nn.Module):
     """Causal mixing in segments with a memory of states: (b, n, d) -> (b, n, d).
 
     Equals `attend` on the whole text under `segment_mask`, at cost n (memory +
-    segment). mask (b, 1, 1, n) is a padding mask. Raises ValueError for a segment or a
-    memory below 1. Source: "Transformer-XL: Attentive Language Models Beyond a
-    Fixed-Length Context", 2019.
+    segment). mask (b, 1, 1, n) is a padding mask. Inside `remember` it keeps the last
+    memory + segment - 1 tokens. Raises ValueError for a segment or a memory below 1,
+    and for padding in a text fed in pieces. Source: "Transformer-XL: Attentive Language
+    Models Beyond a Fixed-Length Context", 2019.
     """
 
     def __init__(self, attend: XLAttention, segment: int, memory: int):
@@ -253,17 +280,43 @@ class SegmentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
+        past = recall(self)
+        if past is not None:
+            _no_padding(x, mask)
+            return _segments_on(self, past, x)
+        if mask is not None:
+            real = _real_tokens(x, mask)
+            order = real.logical_not().int().sort(dim=1, stable=True).indices
+            y = self._all(_take(x, order), _take(real[..., None], order)[..., 0])
+            return _take(y, order.argsort(1))
+        return self._all(x, _real_tokens(x, None))
+
+    def _all(self, x: Tensor, real: Tensor) -> Tensor:
         b, n, _ = x.shape
         more, cut = -n % self.segment, self.segment
         new = F.pad(x, (0, 0, 0, more)).unflatten(1, (-1, cut))    # (b, s, L, d)
         past = F.pad(x.detach(), (0, 0, self.memory, more - cut))
         past = past.unfold(1, self.memory, cut).transpose(-2, -1)  # (b, s, M, d)
-        real = F.pad(_real_tokens(x, mask), (self.memory, more))
+        real = F.pad(real, (self.memory, more))
         real = real.unfold(1, self.memory + cut, cut).flatten(0, 1)
         own = torch.eye(cut, dtype=torch.bool, device=x.device)    # so no row is empty
         keep = real[:, None, None] | F.pad(own, (self.memory, 0))  # (b s, 1, L, M + L)
         y = self.attend(new.flatten(0, 1), past.flatten(0, 1), keep)
         return y.unflatten(0, (b, -1)).flatten(1, 2)[:, :n]        # (b, n, d)
+
+# %% notebooks/14_memory.ipynb
+def _segments_on(layer: SegmentAttention, past, x: Tensor) -> Tensor:
+    """Outputs for a piece; `past` holds the words that later ones may still see."""
+    start, n, found = past.get("seen", 0), x.shape[1], []
+    whole = past.append("x", x, dim=1, most=layer.memory + layer.segment - 1)
+    first, past["seen"] = start + n - whole.shape[1], start + n
+    while start < past["seen"]:                        # up to the end of each segment
+        begin = start // layer.segment * layer.segment
+        end = min(begin + layer.segment, past["seen"])
+        memory = whole[:, max(begin - layer.memory - first, 0) : start - first]
+        found.append(layer.attend(whole[:, start - first : end - first], memory))
+        start = end
+    return torch.cat(found, 1)
 
 # %% notebooks/14_memory.ipynb
 def arrange_memories(
@@ -405,14 +458,13 @@ class SelectedMemory(nn.Module):
     Memory Selection for Long-range Language Modeling", 2023.
     """
 
-    def __init__(
-        self, layer: XLAttention, slots: int,
-        score: Callable[[Tensor], Tensor] = released_score,
-    ):
+    no_past = "its memory is given with each call"
+
+    def __init__(self, layer: XLAttention, slots: int, score=released_score):
         super().__init__()
+        self.layer, self.slots, self.score = layer, slots, score
         if slots < 1:
             raise ValueError(f"need at least 1 slot, got {slots}")
-        self.layer, self.slots, self.score = layer, slots, score
 
     def forward(
         self, x: Float[Tensor, "b n d"], memory: Float[Tensor, "b m d"],
@@ -470,6 +522,7 @@ def polynomial_features(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b f"]:
     return torch.cat([x, *products], -1)
 
 # %% notebooks/14_memory.ipynb
+@in_float32
 def polar_factor(gram: Float[Tensor, "*b c c"], steps: int = 5) -> Tensor:
     """P (..., c, c) with P X = `steps` Newton-Schulz rounds on X, from A = X X^T.
 
@@ -488,6 +541,7 @@ def polar_factor(gram: Float[Tensor, "*b c c"], steps: int = 5) -> Tensor:
     return p.view(gram.shape)
 
 # %% notebooks/14_memory.ipynb
+@in_float32
 def newton_schulz(
     g: Float[Tensor, "*b c f"], steps: int = 5
 ) -> Float[Tensor, "*b c f"]:
@@ -537,11 +591,11 @@ def regression_error(found: Tensor, wanted: Tensor) -> Tensor:
     return found - wanted
 
 # %% notebooks/14_memory.ipynb
-def _omega_by_states(q, k, v, gates, window, chunk, error, optimize):
+def _omega_by_states(q, k, v, gates, window, chunk, error, optimize, start):
     """`omega_memory` for any `optimize`: stores M_t and S_t of a chunk's words."""
-    memory = k.new_zeros(*k.shape[:2], v.shape[-1], k.shape[-1])     # (b, h, c, f)
-    speed, found = memory, []
-    k, v, weight = (F.pad(t, (0, 0, window - 1, 0))
+    (memory, speed), found = start, []                               # (b, h, c, f)
+    back = window - 1 - (k.shape[2] - q.shape[2])
+    k, v, weight = (F.pad(t, (0, 0, back, 0))
                     for t in (k, v, gates.weight.unsqueeze(-1)))
     for start in range(0, q.shape[2], chunk):      # the rule is not linear: no scan
         now = slice(start, min(start + chunk, q.shape[2]))
@@ -556,21 +610,26 @@ def _omega_by_states(q, k, v, gates, window, chunk, error, optimize):
         memories = decaying_sum(gates.keep[..., now], steps, memory)
         found.append((memories @ q[..., now, :, None]).squeeze(-1))  # (b, h, L, c)
         memory, speed = memories[:, :, -1], speeds[:, :, -1]
-    return torch.cat(found, 2)
+    return torch.cat(found, 2), (memory, speed)
 
 # %% notebooks/14_memory.ipynb
-def _chunks(x: Tensor, window: int, chunk: int, fill: float = 0.0) -> Tensor:
-    """Cut (b, h, n, f) into (chunks, b h, w, f), w = window - 1 + chunk words each."""
-    x = F.pad(x.flatten(0, 1), (0, 0, window - 1, -x.shape[2] % chunk), value=fill)
+def _chunks(x: Tensor, n: int, window: int, chunk: int, fill: float = 0.0) -> Tensor:
+    """Cut (b, h, p + n, f) into (chunks, b h, w, f), w = window - 1 + chunk words each.
+
+    The first p words come before the first chunk, up to window - 1 of them.
+    """
+    back = window - 1 - (x.shape[2] - n)
+    x = F.pad(x.flatten(0, 1), (0, 0, back, -n % chunk), value=fill)
     x = x.unfold(1, chunk + window - 1, chunk)                       # (b h, s, f, w)
     return x.permute(1, 0, 3, 2).contiguous()
 
 
 def _shares(gates: Gates, window: int, chunk: int) -> tuple[Tensor, ...]:
     """Per chunk and head: s (L, w), theta (L), -eta alpha (L, L), alpha (L)."""
-    cut = lambda x, fill: _chunks(x.unsqueeze(-1), 1, chunk, fill).squeeze(-1)
+    n = gates.keep.shape[-1]
+    cut = lambda x, fill: _chunks(x.unsqueeze(-1), n, 1, chunk, fill).squeeze(-1)
     momentum, keep = cut(gates.momentum, 1.0), cut(gates.keep, 1.0)
-    weight = _chunks(gates.weight.unsqueeze(-1), window, chunk).transpose(-2, -1)
+    weight = _chunks(gates.weight.unsqueeze(-1), n, window, chunk).transpose(-2, -1)
     near = torch.ones(chunk, weight.shape[-1], device=weight.device)
     near = near.triu().tril(window - 1).to(weight)                   # (t, i)
     lag, kept = decay_table(momentum), decay_table(keep)             # (s, b h, L, L)
@@ -580,18 +639,19 @@ def _shares(gates: Gates, window: int, chunk: int) -> tuple[Tensor, ...]:
     return share, first(lag, momentum), move, first(kept, keep)
 
 # %% notebooks/14_memory.ipynb
-def _omega_plain(q, k, v, gates, window, chunk, error):
+def _omega_plain(q, k, v, gates, window, chunk, error, start):
     """`omega_memory` with plain steps: attention to errors, and a state per chunk."""
-    b, h, n, f, c = *k.shape, v.shape[-1]
-    keys, values = _chunks(k, window, chunk), _chunks(v, window, chunk)
-    asks, (share, lag, move, keep) = _chunks(q, 1, chunk), _shares(gates, window, chunk)
+    b, h, n, f, c = *q.shape, v.shape[-1]
+    keys, values = _chunks(k, n, window, chunk), _chunks(v, n, window, chunk)
+    asks = _chunks(q, n, 1, chunk)
+    share, lag, move, keep = _shares(gates, window, chunk)
     total, drift = move @ share, (move @ lag.unsqueeze(-1)).squeeze(-1)
     last = torch.stack([total[..., -1, :], share[..., -1, :]], -2)   # (s, b h, 2, w)
     write = last.unsqueeze(-2) * keys.transpose(-2, -1).unsqueeze(-3)
     ends = keep[..., -1], drift[..., -1], torch.zeros_like(lag[..., -1]), lag[..., -1]
     mix = torch.stack(ends, -1).unflatten(-1, (2, 2))                # of M and S
     parts = (t.unbind() for t in (keys, values, write.flatten(-3, -2), mix))
-    state, states, errors = k.new_zeros(b * h, 2 * f, c), [], []     # M^T over S^T
+    state, states, errors = torch.cat([s.flatten(0, 1).mT for s in start], 1), [], []
     for key, value, wrote, turn in zip(*parts, strict=True):
         states.append(state)
         errors.append(error(key @ state[:, :f], value))              # (b h, w, c)
@@ -600,19 +660,21 @@ def _omega_plain(q, k, v, gates, window, chunk, error):
     look = total * (asks @ keys.transpose(-2, -1))                   # (s, b h, L, w)
     both = torch.cat([keep.unsqueeze(-1) * asks, drift.unsqueeze(-1) * asks], -1)
     y = look @ torch.stack(errors) + both @ torch.stack(states)      # (s, b h, L, c)
-    return y.transpose(0, 1).flatten(1, 2)[:, :n].unflatten(0, (b, h))
+    ends = tuple(s.mT.unflatten(0, (b, h)) for s in state.split(f, 1))
+    return y.transpose(0, 1).flatten(1, 2)[:, :n].unflatten(0, (b, h)), ends
 
 # %% notebooks/14_memory.ipynb
-def _omega_muon(q, k, v, gates, window, chunk, error):
+def _omega_muon(q, k, v, gates, window, chunk, error, start):
     """`omega_memory` with `newton_schulz`, in coordinates of keys and momentum."""
-    b, h, n, f, c = *k.shape, v.shape[-1]
+    b, h, n, f, c = *q.shape, v.shape[-1]
     share, lag, move, keep = _shares(gates, window, chunk)
     lag = lag.unsqueeze(-1).expand(*lag.shape, c)
     weight = torch.cat([share, lag], -1).unsqueeze(-2)               # (s, b h, L, 1, r)
-    parts = (_chunks(k, window, chunk), _chunks(v, window, chunk), _chunks(q, 1, chunk),
-             weight, move.transpose(-2, -1).unsqueeze(-2), keep.unsqueeze(-2))
+    parts = (_chunks(k, n, window, chunk), _chunks(v, n, window, chunk),
+             _chunks(q, n, 1, chunk), weight, move.transpose(-2, -1).unsqueeze(-2),
+             keep.unsqueeze(-2))
     eye = torch.eye(c, dtype=k.dtype, device=k.device).expand(b * h, c, c)
-    memory, speed, found = k.new_zeros(b * h, c, f), k.new_zeros(b * h, c, f), []
+    memory, speed, found = *(s.flatten(0, 1) for s in start), []
     for key, value, ask, part, moved, kept in zip(*map(torch.unbind, parts)):
         wrong = error(key @ memory.transpose(1, 2), value)           # (b h, w, c)
         rows = torch.cat([key, speed], 1)                            # E: (b h, r, f)
@@ -632,7 +694,8 @@ def _omega_muon(q, k, v, gates, window, chunk, error):
         memory = torch.baddbmm(memory * kept[..., -1:], turn, rows)
         speed = coords[:, -1] @ rows
     y = torch.stack(found).transpose(-2, -1)                         # (s, b h, L, c)
-    return y.transpose(0, 1).flatten(1, 2)[:, :n].unflatten(0, (b, h))
+    y = y.transpose(0, 1).flatten(1, 2)[:, :n].unflatten(0, (b, h))
+    return y, (memory.unflatten(0, (b, h)), speed.unflatten(0, (b, h)))
 
 # %% notebooks/14_memory.ipynb
 def as_it_is(x: Tensor) -> Tensor:
@@ -654,13 +717,42 @@ def omega_memory(
     for sizes below 1. Source: "ATLAS: Learning to Optimally Memorize the Context at
     Test Time", 2025.
     """
+    return _omega_memory_from(None, q, k, v, gates, window, chunk, optimize, error)[0]
+
+# %% notebooks/14_memory.ipynb
+@in_float32
+def _omega_memory_from(
+    start: tuple[Tensor, Tensor] | None, q: Float[Tensor, "b h n f"],
+    k: Float[Tensor, "b h m f"], v: Float[Tensor, "b h m c"], gates: Gates,
+    window: int = 1, chunk: int = 16,
+    optimize: Callable[[Tensor], Tensor] = newton_schulz,
+    error: Callable[[Tensor, Tensor], Tensor] = regression_error,
+) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, Tensor]]:
+    """`omega_memory` from (M, S), (b, h, c, f) each, at a chunk's start; M and S after.
+
+    k, v and gates.weight may have up to window - 1 words more, in front. M and S after
+    are right for whole chunks. Source: as `omega_memory`.
+    """
     if window < 1 or chunk < 1:
         raise ValueError(f"need window >= 1 and chunk >= 1, got {window} and {chunk}")
+    gates = Gates(*(gate.to(k) for gate in gates))
+    if start is None:
+        start = (k.new_zeros(*k.shape[:2], v.shape[-1], k.shape[-1]),) * 2
+    given = q, k, v, gates, window, chunk, error
     if optimize is newton_schulz:
-        return _omega_muon(q, k, v, gates, window, chunk, error)
+        return _omega_muon(*given, start)
     if optimize is as_it_is:
-        return _omega_plain(q, k, v, gates, window, chunk, error)
-    return _omega_by_states(q, k, v, gates, window, chunk, error, optimize)
+        return _omega_plain(*given, start)
+    return _omega_by_states(*given, optimize, start)
+
+# %% notebooks/14_memory.ipynb
+def _words(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Gates]:
+    """Queries and keys (b, h, n, f), values (b, h, n, c) and gates of a layer."""
+    q, k, v = layer.project(x)
+    unit = partial(F.normalize, dim=-1, eps=1e-6)
+    q, k = (unit(layer.features(unit(t))) for t in (q, k))
+    gates = layer.to_gates(x).sigmoid().unflatten(-1, (4, layer.heads))
+    return q, k, v, Gates(*gates.permute(2, 0, 3, 1))          # each (b, h, n)
 
 # %% notebooks/14_memory.ipynb
 class AtlasMemory(MultiHeadAttention):
@@ -671,9 +763,13 @@ class AtlasMemory(MultiHeadAttention):
     features  function of queries and keys (b, h, n, e) -> (b, h, n, f)
     optimize  function of gradients (..., e, f)
 
-    mask (b, 1, 1, n) is a padding mask. Raises ValueError for sizes below 1. Source:
-    "ATLAS: Learning to Optimally Memorize the Context at Test Time", 2025.
+    mask (b, 1, 1, n) is a padding mask. Inside `remember` it keeps M and S at the last
+    chunk's start, and up to window + chunk - 2 words. Raises ValueError for sizes below
+    1, and for padding in a text fed in pieces. Source: "ATLAS: Learning to Optimally
+    Memorize the Context at Test Time", 2025.
     """
+
+    no_past = None                                     # it has a state, and no `attend`
 
     def __init__(
         self, width: int, heads: int, window: int = 4, chunk: int = 16,
@@ -693,14 +789,113 @@ class AtlasMemory(MultiHeadAttention):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
+        past = recall(self)
+        if past is not None:
+            _no_padding(x, mask)
+            y = _omega_on(self, past, *_words(self, x))
+        elif mask is not None:                         # real words first: chunks count
+            real = _real_tokens(x, mask)
+            order = real.logical_not().int().sort(dim=1, stable=True).indices
+            return _take(self(_take(x, order)), order.argsort(1))
+        else:
+            rule = self.window, self.chunk, self.optimize
+            y = omega_memory(*_words(self, x), *rule)
+        return self.to_out(merge_heads(y))
+
+# %% notebooks/14_memory.ipynb
+def _omega_on(layer: AtlasMemory, past, q, k, v, gates: Gates) -> Tensor:
+    """Outputs for a piece; `past` holds the memory at the unfinished chunk's start."""
+    n, seen = q.shape[2], past.get("seen", 0)
+    again = seen % layer.chunk                         # words of the unfinished chunk
+    rest = (again + n) % layer.chunk
+    most, full = layer.window - 1 + rest, again + n - rest
+    gates = torch.stack(gates, -1)                     # (b, h, n, 4)
+    k, v, gates = (past.append(name, t, dim=2, most=most)
+                   for name, t in (("k", k), ("v", v), ("gates", gates)))
+    q, before = F.pad(q, (0, 0, again, 0)), k.shape[2] - again - n
+    start, found, rule = past.get("M"), [], (layer.window, layer.chunk, layer.optimize)
+    start = None if start is None else (start, past["S"])
+    for a, b in ((0, full), (full, again + n)):        # whole chunks, then the rest
+        if a < b:
+            far = max(before + a - (layer.window - 1), 0)
+            words, now = slice(far, before + b), slice(before + a, before + b)
+            g = Gates(*gates[:, :, now, :3].unbind(-1), gates[:, :, words, 3])
+            y, end = _omega_memory_from(
+                start, q[:, :, a:b], k[:, :, words], v[:, :, words], g, *rule)
+            found.append(y)
+        if b == full and full:
+            past["M"], past["S"] = start = end
+    past["seen"] = seen + n
+    return torch.cat(found, 2)[:, :, again:]
+
+# %% notebooks/14_memory.ipynb
+@in_float32
+def gated_delta_rule(
+    q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h n e"],
+    v: Float[Tensor, "b h n c"], fade: Float[Tensor, "b h n"],
+    rate: Float[Tensor, "b h n"], state: Float[Tensor, "b h e c"] | None = None,
+    chunk: int = 32,
+) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h e c"]]:
+    """S_t^T q_t for S_t = P_t - rate_t k_t (P_t^T k_t - v_t)^T, P_t = e^fade_t S_{t-1}.
+
+    fade <= 0; keys of length one. Also returns the last S, of e rows and c columns; the
+    loop runs over chunks. Source: "Gated Delta Networks: Improving Mamba2 with Delta
+    Rule", 2024.
+    """
+    n, c = q.shape[2], v.shape[-1]
+    cut = lambda t: F.pad(t, (0, 0, 0, -n % chunk)).unflatten(2, (-1, chunk))
+    q, k, v, fade, rate = (cut(t) for t in (q, k, v, fade[..., None], rate[..., None]))
+    left = fade.cumsum(-2)                                     # log gamma, (..., L, 1)
+    later = ~causal_mask(chunk, device=q.device)
+    apart = (left - left.mT).masked_fill(later, -torch.inf)
+    kept = apart.exp()                                         # gamma_t / gamma_i
+    a = (rate * kept * (k @ k.mT)).tril(-1)
+    right = torch.cat([rate * v, rate * left.exp() * k], -1)
+    one = torch.eye(chunk, dtype=a.dtype, device=a.device)
+    u, w = torch.linalg.solve_triangular(
+        a + one, right, upper=False, unitriangular=True).split([c, k.shape[-1]], -1)
+    near, ends = kept * (q @ k.mT), (left[..., -1:, :] - left).exp() * k
+    parts = (u, w, near, left.exp() * q, ends, left[..., -1:, :].exp())
+    parts = (t.unbind(2) for t in parts)
+    state = q.new_zeros(*q.shape[:2], k.shape[-1], c) if state is None else state
+    found = []
+    for values, w, near, ask, write, share in zip(*parts):
+        values = values - w @ state                            # corrected
+        found.append(near @ values + ask @ state)
+        state = share * state + write.mT @ values
+    return torch.stack(found, 2).flatten(2, 3)[:, :, :n], state
+
+# %% notebooks/14_memory.ipynb
+class GatedDelta(MultiHeadAttention):
+    """Causal mixing by `gated_delta_rule`, per head: (b, n, d) -> (b, n, d).
+
+    mask (b, 1, 1, n) is a padding mask. Inside `remember` it keeps one state (b, h, e,
+    e). Raises ValueError for a chunk below 1. Source: "Gated Delta Networks: Improving
+    Mamba2 with Delta Rule", 2024, without its short convolutions and output gate.
+    """
+
+    no_past = None                                             # a state, no `attend`
+
+    def __init__(self, width: int, heads: int, chunk: int = 32, bias: bool = False):
+        super().__init__(width, heads, bias=bias)
+        if chunk < 1:
+            raise ValueError(f"a chunk has at least 1 word, got {chunk}")
+        self.chunk, self.to_gates = chunk, nn.Linear(width, 2 * heads)
+        self.log_a = nn.Parameter(torch.zeros(heads))
+        nn.init.constant_(self.to_gates.bias[:heads], -4.0)    # keeps 98% at first
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        past, real = recall(self), _real_tokens(x, mask)[..., None]  # (b, n, 1)
         q, k, v = self.project(x)
-        unit = partial(F.normalize, dim=-1)
-        q, k = (unit(self.features(unit(t))) for t in (q, k))        # (b, h, n, f)
-        gates = self.to_gates(x).sigmoid().unflatten(-1, (4, self.heads))
-        gates = Gates(*gates.permute(2, 0, 3, 1))                    # each (b, h, n)
-        real = _real_tokens(x, mask)[:, None]                        # (b, 1, n)
-        gates = gates._replace(weight=gates.weight * real, rate=gates.rate * real)
-        y = omega_memory(q, k, v, gates, self.window, self.chunk, self.optimize)
+        q, k = (F.normalize(t, dim=-1, eps=1e-6) for t in (q, k))
+        fade, rate = self.to_gates(x).chunk(2, -1)             # (b, n, h) each
+        fade = -self.log_a.exp() * F.softplus(fade) * real
+        rate = rate.sigmoid() * real
+        past = {} if past is None else past
+        y, past["S"] = gated_delta_rule(
+            q, k, v, fade.mT, rate.mT, past.get("S"), self.chunk)
         return self.to_out(merge_heads(y))
 
 # %% notebooks/14_memory.ipynb
@@ -708,8 +903,9 @@ class CompressedSegments(nn.Module):
     """One `Compressive` layer that reads a text in segments: (b, n, d) -> (b, n, d).
 
     Each segment needs the memory after the one before it, so the segments are read one
-    after another. mask must be None. Source: "Compressive Transformers for Long-Range
-    Sequence Modelling", 2019.
+    after another. Inside `remember` it keeps the memory and the unfinished segment.
+    Raises ValueError for padding: segments are counted in tokens. Source: "Compressive
+    Transformers for Long-Range Sequence Modelling", 2019.
     """
 
     def __init__(self, attend: XLAttention, memory: Compressive, segment: int):
@@ -719,12 +915,24 @@ class CompressedSegments(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
-        if mask is not None:
+        if mask is not None and not _real_tokens(x, mask).all():
             raise ValueError(f"padding is not supported, got {tuple(mask.shape)}")
-        state, found = self.memory.start(x), []
+        past, n = recall(self), x.shape[1]
+        state, begun = self.memory.start(x), 0         # words of the unfinished segment
+        if past is not None:
+            if "recent" in past:
+                state = Compressed(past["recent"], past["older"], x.new_zeros(()))
+                begun = past["words"].shape[1]
+            x = past.append("words", x, dim=1, most=(begun + n) % self.segment)
+        found = []
         for piece in x.split(self.segment, 1):
-            found.append(self.attend(piece, self.memory.read(state)))
-            state = self.memory(state, piece, self.attend)
+            seen = torch.cat([self.memory.read(state), piece[:, :begun]], 1)
+            found.append(self.attend(piece[:, begun:], seen))
+            begun = 0
+            if piece.shape[1] == self.segment:
+                state = self.memory(state, piece, self.attend)
+        if past is not None:
+            past["recent"], past["older"] = state.recent, state.older
         return torch.cat(found, 1)
 
 # %% notebooks/14_memory.ipynb
@@ -749,6 +957,7 @@ mechanisms = {
     "omega rule": _layer(lambda d: AtlasMemory(
         d, 4, window=4, features=as_it_is, optimize=as_it_is)),
     "ATLAS": _layer(lambda d: AtlasMemory(d, 4, window=4)),
+    "gated delta rule": _layer(lambda d: GatedDelta(d, 4)),
 }
 
 # %% notebooks/14_memory.ipynb
