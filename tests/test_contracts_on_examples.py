@@ -1,10 +1,15 @@
 """What must hold for the example of every paper: `examples[id]()` gives a small (module or callable, inputs)."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
+import inspect
 import math
+import pickle
 import pkgutil
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -12,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import tfkit.zoo
-from tfkit.contracts import gradients_reach
+from tfkit.contracts import causal, gradients_reach
+from tfkit.past import remember
+from tfkit.zoo.attention import padding_mask
+
+ZOO = tfkit.zoo.__path__
 
 
 def all_examples():
@@ -84,6 +93,325 @@ def test_contracts(make):
             found = gradients_reach(f, *inputs)
             assert found, str(found)
         state_dict_carries_everything(f, make()[0], inputs)
+
+
+# What an engineer takes for granted in training, saving and writing. A chapter declares what one of its layers cannot
+# do by nature beside its examples, `exceptions = {"paper_id": {"remember": "the reason"}}`; the layer must then raise
+# a clear error. PENDING names what is still owed: a test that begins to pass there fails, so that its line is removed.
+
+PENDING: dict[str, set[str]] = {}
+
+
+@functools.cache
+def modules():
+    return {found.name: importlib.import_module(f"tfkit.zoo.{found.name}") for found in pkgutil.iter_modules(ZOO)}
+
+
+def exception(where: str, contract: str) -> str | None:
+    module, _, id = where.partition("-")
+    return getattr(modules()[module], "exceptions", {}).get(id, {}).get(contract)
+
+
+def held(contract: str):
+    """Runs a contract over every example that is a module; `contract(f, inputs, reason)` asserts."""
+
+    def decorate(check):
+        cases = []
+        for case in all_examples():
+            marks = [pytest.mark.xfail(strict=True, reason="pending")] * (case.id in PENDING.get(contract, ()))
+            cases.append(pytest.param(case.values[0], case.id, id=case.id, marks=marks))
+
+        @pytest.mark.parametrize("make, where", cases)
+        def test(make, where):
+            torch.manual_seed(0)
+            f, inputs = make()
+            if not isinstance(f, nn.Module):
+                pytest.skip("a function, not a layer")
+            run = functools.partial(check, f.eval(), inputs)
+            if "make" in inspect.signature(check).parameters:
+                run = functools.partial(run, make)
+            if exception(where, contract) is None:
+                return run()
+            with pytest.raises((ValueError, NotImplementedError)) as error:
+                run()
+            assert len(str(error.value)) > 10, "the error does not say why"
+
+        test.__name__ = check.__name__
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+def floats(value):
+    """The float tensors of an output."""
+    return [t for t in leaves(value) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+
+
+def tokens_of(f, inputs):
+    """The place among the inputs of a text that gives an output per token, and its length; (None, 0) without one."""
+    with torch.no_grad():
+        y = f(*inputs)
+    if isinstance(y, Tensor) and y.ndim == 3:
+        for i, x in enumerate(inputs):
+            token_tensor = isinstance(x, Tensor) and x.ndim == (3 if x.is_floating_point() else 2)
+            if token_tensor and x.shape[:2] == y.shape[:2]:
+                return i, x.shape[1]
+    return None, 0
+
+
+def in_pieces(f, inputs, i, sizes) -> Tensor:
+    """The outputs of the text inputs[i], fed in pieces; what else has a value per token is cut with it."""
+    takes_start = "start" in inspect.signature(f.forward).parameters
+    cut = [isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == inputs[i].shape[:2] for x in inputs]
+    if hasattr(f, "decode"):
+        memory = f.encode(*inputs[:i])
+        call = lambda piece, at: f.decode(piece[i], memory, start=at)
+    else:
+        call = lambda piece, at: f(*piece, **({"start": at} if takes_start else {}))
+    found, at = [], 0
+    for size in sizes:
+        found.append(call([x[:, at : at + size] if c else x for x, c in zip(inputs, cut, strict=True)], at))
+        at += size
+    return torch.cat(found, 1)
+
+
+def remembers(f, inputs) -> None:
+    i, n = tokens_of(f, inputs)
+    if i is None or n < 5:
+        pytest.skip("no output for each token of a text")
+    sees_ahead = not causal(lambda x: f(*inputs[:i], x, *inputs[i + 1 :]), inputs[i])
+    if sees_ahead:
+        with pytest.raises(ValueError, match="cannot be fed in pieces"), remember(f):
+            pass
+        return
+    with torch.no_grad():
+        whole = f(*inputs)
+        with remember(f) as past:
+            pieces = in_pieces(f, inputs, i, (1, 3, n - 4))
+            kept = past.numbers()
+        with remember(f) as past:
+            one_by_one = in_pieces(f, inputs, i, (1,) * n)
+            assert past.numbers() == kept, "what is kept depends on how the text was cut"
+        with remember(f) as past:
+            in_pieces(f, inputs, i, (1, n // 2 - 1))
+            assert kept <= 2 * (n + 1) // (n // 2) * past.numbers() + 8, "it keeps more than in proportion to the text"
+    scale = float(whole.abs().max())
+    torch.testing.assert_close(pieces, whole, atol=2e-5 * scale, rtol=0)
+    torch.testing.assert_close(one_by_one, whole, atol=2e-5 * scale, rtol=0)
+
+
+@held("remember")
+def test_a_text_may_come_in_pieces(f, inputs):
+    """Inside `remember` pieces give the whole; a layer that sees later tokens refuses."""
+    remembers(f, inputs)
+
+
+def compared(f, inputs, change):
+    """Outputs and gradients of the weights, in float32 and after `change(f, inputs)` gives how to call it."""
+    found = []
+    for narrow in (False, True):
+        model = copy.deepcopy(f)
+        call, model = change(model, inputs) if narrow else (lambda m=model: m(*inputs), model)
+        outputs = floats(call())
+        for p in model.parameters():
+            p.grad = None
+        generator = torch.Generator().manual_seed(0)
+        total = sum((torch.view_as_real(y) if y.is_complex() else y).float().mul(
+            torch.randn((*y.shape, 2) if y.is_complex() else y.shape, generator=generator)).sum() for y in outputs)  # fmt: skip
+        if total.requires_grad:
+            total.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append(([y.detach() for y in outputs], [g.float().flatten() for g in grads]))
+    return found
+
+
+def near(a: list[Tensor], b: list[Tensor], bound: float, what: str) -> None:
+    assert len(a) == len(b), f"another number of {what}s"
+    for x, y in zip(a, b, strict=True):
+        assert torch.isfinite(x).all(), f"{what} not finite"
+    if a:
+        x, y = (torch.cat([torch.view_as_real(t).flatten() if t.is_complex() else t.flatten() for t in ts]).double()
+                for ts in (a, b))  # fmt: skip
+        gap = float((x - y).norm() / y.norm().clamp(min=1e-12))
+        assert gap < bound, f"relative error of the {what}: {gap:.3f}, allowed {bound}"
+
+
+def rounded(f, inputs):
+    """Weights and inputs that bfloat16 holds exactly, so that only the computation differs."""
+    with torch.no_grad():
+        for t in [*f.parameters(), *f.buffers()]:
+            if t.is_floating_point():
+                t.copy_(t.bfloat16())
+    return tuple(x.bfloat16().float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def as_weights(model, inputs):
+    model = model.bfloat16()
+    narrow = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    return lambda: model(*narrow), model
+
+
+def as_autocast(model, inputs):
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(*inputs)
+
+    return call, model
+
+
+def stays_near(f, inputs, change) -> None:
+    inputs = rounded(f, inputs)
+    (wide, wide_grads), (narrow, narrow_grads) = compared(f, inputs, change)
+    near(narrow, wide, 0.05, "output")
+    near(narrow_grads, wide_grads, 0.15, "gradient")
+
+
+@held("bf16")
+def test_bfloat16_weights_stay_near_float32(f, inputs):
+    stays_near(f, inputs, as_weights)
+
+
+@held("autocast")
+def test_bfloat16_autocast_stays_near_float32(f, inputs):
+    stays_near(f, inputs, as_autocast)
+
+
+@held("padding")
+def test_padding_leaks_nothing(f, inputs):
+    """What stands in padded tokens, left or right, changes no real output; a text of padding alone makes no NaN."""
+    i, n = tokens_of(f, inputs)
+    names = inspect.signature(f.forward).parameters
+    given = next((name for name in ("mask", "real") if name in names), None)
+    if i is None or n < 5 or given is None or len(inputs) > 1 or hasattr(f, "decode"):
+        pytest.skip("it takes no padding mask, or gives no output per token")
+    x = inputs[0]
+    real = torch.ones(x.shape[:2], dtype=torch.bool)
+    real[0, :2], real[-1, n - 2 :] = False, False
+    generator = torch.Generator().manual_seed(1)
+    if x.is_floating_point():
+        other = x + 3 * torch.randn(x.shape, generator=generator) * ~real[..., None]
+    else:
+        other = torch.where(real, x, (x + 1) % (int(x.max()) + 1))
+    call = lambda x, real: f(x, **{given: padding_mask(real) if given == "mask" else real})
+    with torch.no_grad():
+        before, after = call(x, real), call(other, real)
+    gap = float((before - after)[real].abs().max())
+    assert gap < 1e-5 * max(1.0, float(before.abs().max())), f"padding leaks: {gap:.2g}"
+    real[0] = False
+    y = call(x, real)
+    assert torch.isfinite(y).all(), "a text of padding alone makes NaN"
+    y.square().sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in f.parameters()), "NaN in the gradients"
+
+
+@held("pickle")
+def test_copies_give_the_same(f, inputs):
+    with torch.no_grad():
+        y = f(*inputs)
+        assert same(copy.deepcopy(f)(*inputs), y), "a deep copy gives another output"
+        assert same(pickle.loads(pickle.dumps(f))(*inputs), y), "a pickled copy gives another output"
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@held("default dtype")
+def test_another_default_dtype_changes_nothing(f, inputs, make):
+    """A float32 layer stays one, and one that is built and run in float64 agrees with it."""
+    with torch.no_grad():
+        y = f(*inputs)
+        with default_dtype(torch.float64):
+            again = f(*inputs)
+            for a, b in zip(leaves(y), leaves(again), strict=True):
+                assert not isinstance(a, Tensor) or a.dtype == b.dtype, f"{a.dtype} became {b.dtype}"
+            near(floats(again), floats(y), 1e-6, "output")
+            wide, _ = make()
+            wide = wide.eval()
+            kinds = {p.dtype for p in wide.parameters()}
+            assert kinds <= {torch.float64, torch.complex128}, f"built with {kinds}"
+            wide.load_state_dict(f.state_dict())
+            double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+            near(floats(wide(*double)), floats(y), 1e-4, "output in float64")
+
+
+@held("compile")
+def test_it_compiles_into_one_graph(f, inputs):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = f(*inputs)
+        compiled = torch.compile(f, fullgraph=True, backend="eager")(*inputs)
+    near(floats(compiled), floats(y), 1e-5, "output")
+
+
+@held("func")
+def test_func_grad_gives_the_gradients(f, inputs):
+    parameters = {name: p for name, p in f.named_parameters() if p.requires_grad}
+    if not parameters:
+        pytest.skip("no parameters")
+
+    def total(p):
+        return sum((y.abs() if y.is_complex() else y).square().sum() for y in floats(torch.func.functional_call(f, p, inputs)))
+
+    expected = torch.autograd.grad(total(parameters), list(parameters.values()), allow_unused=True)
+    found = torch.func.grad(total)({name: p.detach() for name, p in parameters.items()})
+    pairs = [(found[name], g) for name, g in zip(parameters, expected, strict=True) if g is not None]
+    near([a for a, _ in pairs], [b for _, b in pairs], 1e-4, "gradient")
+
+
+@held("empty")
+def test_empty_batches_and_texts(f, inputs):
+    """No rows, and texts without tokens: an output without NaN, or a ValueError."""
+    for axis in (0, 1):
+        size = inputs[0].shape[axis] if isinstance(inputs[0], Tensor) and inputs[0].ndim > axis + 1 else None
+        if size is None or (axis == 1 and (inputs[0].ndim != 3 and inputs[0].is_floating_point())):
+            continue
+        cut = [x.narrow(axis, 0, 0) if isinstance(x, Tensor) and x.ndim > axis and x.shape[axis] == size else x
+               for x in inputs]  # fmt: skip
+        try:
+            with torch.no_grad():
+                y = f(*cut)
+        except ValueError as error:
+            assert len(str(error)) > 10, "the error does not say why"
+            continue
+        assert all(torch.isfinite(t).all() for t in floats(y)), f"axis {axis} empty: not finite"
+
+
+@held("sizes")
+def test_wrong_sizes_are_refused_with_their_values(f, inputs):
+    """Two-dimensional tokens raise ValueError with their shape; another width an error that has the number."""
+    x = inputs[0]
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3):
+        pytest.skip("it takes no tokens (b, n, d)")
+    d = x.shape[-1]
+    if not any(p.shape and d in p.shape for p in f.parameters()):
+        pytest.skip("it has no width")
+    with checks_of_shapes_off(), torch.no_grad():
+        with pytest.raises(ValueError) as error:
+            f(x[0], *inputs[1:])
+        assert str(tuple(x[0].shape)) in str(error.value), f"{tuple(x[0].shape)} is not in: {error.value}"
+        with pytest.raises((ValueError, RuntimeError)) as error:  # a linear layer of torch says it well enough
+            f(torch.cat([x, x[..., :1]], -1), *inputs[1:])
+        assert re.search(rf"(?<!\d){d + 1}(?!\d)", str(error.value)), f"{d + 1} is not in: {error.value}"
+
+
+@contextlib.contextmanager
+def checks_of_shapes_off():
+    """What readers meet: the shapes in signatures are checked in tests alone."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)
 
 
 # Layers with one fault each, to show that the contracts find it.

@@ -138,6 +138,27 @@ def causal(f: Callable[[Tensor], Tensor], x: Tensor, *, atol: float = 1e-5) -> F
     return found
 
 
+def keeps_to_the_past(f: Callable[[Tensor], Tensor], x: Tensor, *, atol: float = 1e-5) -> Finding:
+    """A quick form of `causal` for constructors, three passes: later tokens are replaced, earlier outputs compared.
+
+    On the meta device, and where f does not run on tokens like x, nothing can be asked, and nothing is said against f.
+    """
+    n, generator = x.shape[1], torch.Generator().manual_seed(0)
+    with _calm(f), torch.no_grad():
+        try:
+            before = f(x)
+        except Exception as error:  # noqa: BLE001 (whatever it needs, it is not the question here)
+            return Finding(True, f"not asked: it does not run on {tuple(x.shape)} ({type(error).__name__})")
+        if before.is_meta or before.shape[:2] != x.shape[:2]:
+            return Finding(True, "not asked: it gives no numbers for each token")
+        for i in (n - 1, n // 2):  # the last token alone, and the second half
+            later = torch.cat([x[:, :i], _other(x[:, i:].cpu(), generator, _largest(x)).to(x)], 1)
+            leak = _gap(f(later)[:, :i], before[:, :i]).max().item() if i else 0.0
+            if leak > atol * max(1.0, before.abs().max().item()):
+                return Finding(False, f"not causal: outputs before {i} change by \u27e8{leak:.2g}\u27e9 with later inputs")
+    return Finding(True, "causal: earlier outputs do not change with later inputs")
+
+
 def local(f: Callable[[Tensor], Tensor], x: Tensor, window: int, *, atol: float = 1e-5) -> Finding:
     """Output i depends on input j exactly when |i - j| <= `window`."""
     effect = influence(f, x)

@@ -139,9 +139,13 @@ def _parts(model: nn.Module):
             yield from _parts(part)
 
 
-@contextlib.contextmanager
 def one_pass(model: nn.Module):
-    """Marks one pass through a remembered model that does not call its `forward`, such as one method of several."""
+    """A context in which one pass through a remembered model does not call its `forward` but another method."""
+    return _one_pass(model) if _count else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _one_pass(model: nn.Module):
     pasts = [past for past in _open.get() if past.model is model]
     for past in pasts:
         past.begin()
@@ -164,7 +168,7 @@ def remember(model: nn.Module):
     past = Past(model)
     for name, part in model.named_modules():
         if part in past.layers and (reason := getattr(part, "no_past", None)):
-            raise ValueError(f"{name or 'it'} ({type(part).__name__}) cannot be fed in pieces: {reason}")
+            raise ValueError(f"{name or 'the model'} ({type(part).__name__}) cannot be fed in pieces: {reason}")
     hooks = [model.register_forward_pre_hook(past.begin), model.register_forward_hook(past.end, always_call=True)]
     token = _open.set((*_open.get(), past))
     with _lock:

@@ -219,7 +219,7 @@ def test_what_cannot_be_fed_in_pieces_is_named():
     with pytest.raises(ValueError, match=r"1\.0 \(Fourier\) cannot be fed in pieces: waves span"):
         with remember(nn.Sequential(Echo(), nn.Sequential(Fourier()))):
             pass
-    with pytest.raises(ValueError, match=r"it \(Fourier\)"), remember(Fourier()):
+    with pytest.raises(ValueError, match=r"the model \(Fourier\)"), remember(Fourier()):
         pass
 
 

@@ -248,7 +248,7 @@ def test_multi_head_attention_equals_torch(seed, bias, masked):
     real[1, n - 1 :] = False
     blocked = {"attn_mask": ~causal_mask(n)} if masked == "causal" else {}
     blocked |= {"key_padding_mask": ~real} if masked == "padding" else {}
-    mask = {None: None, "causal": causal_mask(n), "padding": padding_mask(real)}[masked]
+    mask = {None: None, "causal": causal_mask(n)[None, None], "padding": padding_mask(real)}[masked]
     reference = lambda x: theirs(x, x, x, need_weights=False, **blocked)[0]
     assert contracts.reduces_to(lambda x: ours(x, mask=mask), reference, x)
     if masked is None:
@@ -414,3 +414,36 @@ def test_low_rank_heads_classifier_needs_an_even_width():
     model = LowRankClassifier(20, 16, 3, classes=4)
     assert model(torch.randint(20, (2, 7))).shape == (2, 4)
     assert contracts.gradients_reach(model, torch.randint(20, (2, 7)))
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (3, 6), (3, 1, 6), (1, 6), (6,), (3, 2, 6, 6), (2, 3, 6, 6), (3, 3, 1, 5)])
+def test_a_mask_that_could_mean_two_things_is_refused(shape):
+    """With three texts and three heads every axis of size 3 is a text, or a head."""
+    q = torch.randn(3, 3, 6, 4)
+    for attend in (attention, attention_weights, causal_attention):
+        with pytest.raises(ValueError, match=r"the scores are \(3, 3, 6, 6\).*got"):
+            attend(q, q, *([q] if attend is not attention_weights else []), mask=torch.ones(shape, dtype=torch.bool))
+    for layer in (MultiHeadAttention(12, 3), CrossAttention(12, 3)):
+        x = torch.randn(3, 6, 12)
+        inputs = (x,) if isinstance(layer, MultiHeadAttention) else (x, x)
+        for bad in (shape, (6, 6)):
+            with pytest.raises(ValueError):
+                layer(*inputs, mask=torch.ones(bad, dtype=torch.bool))
+        layer(*inputs, mask=torch.ones(3, 1, 1, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("heads, head_width, number", [(0, None, "0"), (-4, None, "-4"), (0, 8, "0"), (2, 0, "0"), (5, None, "5")])
+def test_heads_that_cannot_be_are_refused(heads, head_width, number):
+    for layer in (MultiHeadAttention, CrossAttention):
+        with pytest.raises(ValueError, match=number):
+            layer(64, heads, head_width=head_width)
+
+
+def test_a_bias_goes_through_the_layer():
+    layer, x, bias = MultiHeadAttention(16, 2), torch.randn(2, 5, 16), torch.randn(2, 2, 5, 5)
+    q, k, v = layer.project(x)
+    expected = layer.to_out(((attention_weights(q, k, bias=bias)) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, bias=bias), expected)
+    mask = torch.rand(2, 1, 1, 5) > 0.3
+    expected = layer.to_out(((attention_weights(q, k, mask, bias)) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, mask, bias), expected)

@@ -1,5 +1,6 @@
 """Chapter 02: blocks, language models, sampling, the cache, translators and the three papers, on random shapes."""
 
+import contextlib
 import math
 from functools import partial
 
@@ -20,6 +21,7 @@ from tfkit.zoo.attention import (
 from tfkit.zoo.transformer import (
     Block,
     CharacterFrontEnd,
+    DropPath,
     DecoderBlock,
     EncoderDecoder,
     FeedForward,
@@ -39,6 +41,7 @@ from tfkit.zoo.transformer import (
     StaticExpansion,
     SummedEncoders,
     TokenEmbedding,
+    beam_search,
     encoder_decoder,
     expand,
     generate,
@@ -48,6 +51,7 @@ from tfkit.zoo.transformer import (
     language_model,
     multi_encoder,
     next_token_probabilities,
+    packed,
     parallel_convolutions,
     remember,
     sampler,
@@ -226,7 +230,9 @@ def test_language_models_are_causal_in_every_variant(name, seed):
     ids=["attention", "convolution", "LSTM", "Fourier", "expansion", "upside down"],
 )
 def test_a_mixer_that_sees_the_future_is_found(mixer):
-    assert not contracts.causal(language_model(20, 16, 1, mixer=mixer), torch.randint(20, (2, 7)))
+    with pytest.raises(ValueError, match="the stack sees later tokens"):
+        language_model(20, 16, 1, mixer=mixer)
+    assert not contracts.causal(language_model(20, 16, 1, mixer=mixer, check=None), torch.randint(20, (2, 7)))
 
 
 def test_the_head_is_tied_to_the_embedding_unless_given():
@@ -292,6 +298,181 @@ def test_gpt2_writes_what_transformers_writes(gpt2_pair):
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=15, **options)
     assert torch.equal(generate(ours, prompt, 15), expected)
+
+
+def test_penalty_end_padding_and_beams_are_those_of_transformers(gpt2_pair):
+    theirs, ours = gpt2_pair
+    prompt = torch.randint(50, (4, 5))
+    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 14}
+    plain = generate(ours, prompt, 14)
+    for end in (None, int(plain[0, 8]), int(plain[2, 11])):
+        given = options | {"eos_token_id": end, "pad_token_id": 0 if end is None else end}
+        for penalty in (1.0, 1.4, 0.8):
+            expected = theirs.generate(prompt, repetition_penalty=penalty, **given)
+            found = generate(ours, prompt, 14, end=end, penalty=penalty)
+            assert torch.equal(found, expected), (end, penalty)
+            for beams in (2, 3, 5):
+                expected = theirs.generate(prompt, repetition_penalty=penalty, num_beams=beams, **given)
+                found = beam_search(ours, prompt, 14, beams, end=end, penalty=penalty)
+                assert torch.equal(found[:, : expected.shape[1]], expected), (end, penalty, beams)
+                assert end is None or (found[:, expected.shape[1] :] == end).all()
+    assert torch.equal(beam_search(ours, prompt, 14, 1), plain)
+    real = torch.arange(5) >= torch.tensor([[0], [2], [4], [1]])
+    options |= {"attention_mask": real.long(), "eos_token_id": None, "pad_token_id": 0}
+    junk = torch.where(real, prompt, torch.randint(50, (4, 5)))
+    for beams in (1, 3):
+        expected = theirs.generate(prompt, num_beams=beams, **options)[:, 5:]
+        for text in (prompt, junk):
+            found = beam_search(ours, text, 14, beams, real=real)[:, 5:]
+            assert torch.equal(found, expected)
+    assert torch.equal(generate(ours, junk, 14, real=real)[:, 5:], generate(ours, prompt, 14, real=real)[:, 5:])
+    assert torch.equal(generate(ours, prompt[2:3, 4:], 14)[0], generate(ours, prompt, 14, real=real)[2, 4:])
+
+
+def test_beams_find_the_likeliest_text():
+    """With as many beams as texts the search is exhaustive."""
+    torch.manual_seed(0)
+    model, prompt = shaken(language_model(4, 8, 1)).eval(), torch.randint(4, (3, 2))
+    tails = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    with torch.no_grad():
+        for row, found in zip(prompt, beam_search(model, prompt, 3, 64), strict=True):
+            texts = torch.cat([row.expand(64, -1), tails], 1)
+            logits = model(texts[:, :-1]).log_softmax(-1).gather(2, texts[:, 1:, None])[:, 1:]
+            assert torch.equal(texts[logits.sum((1, 2)).argmax()], found)
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Shapes in signatures are checked in tests alone; this is what readers meet."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+BAD_TEXTS = {
+    "a list": (lambda m: generate(m, [1, 2], 3), r"torch.tensor\(\[\[1, 2\]\]\); got \[1, 2\]"),
+    "one row": (lambda m: generate(m, torch.tensor([1, 2]), 3), r"got \(2,\)"),
+    "no token": (lambda m: beam_search(m, torch.zeros(2, 0, dtype=torch.long), 3, 2), r"got \(2, 0\)"),
+    "no beams": (lambda m: beam_search(m, torch.zeros(2, 1, dtype=torch.long), 3, 0), "got 0"),
+    "padded right": (
+        lambda m: generate(m, torch.ones(2, 3).long(), 3, real=torch.tensor([[True, True, False]] * 2)),
+        "padded on the left",
+    ),
+    "penalty": (lambda m: generate(m, torch.ones(2, 3).long(), 3, penalty=0.0), "got 0.0"),
+    "targets": (lambda m: m(torch.ones(2, 3).long(), torch.ones(2, 3).long()), "targets go into a loss"),
+    "ids of one row": (lambda m: m(torch.ones(3).long()), r"\(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_habits_that_do_not_fit_get_a_sentence(name):
+    run, message = BAD_TEXTS[name]
+    with unchecked(), pytest.raises(ValueError, match=message):
+        run(language_model(20, 16, 1))
+
+
+BAD_MODELS = {
+    "odd width": (lambda: language_model(96, 33), "33"),
+    "heads": (lambda: language_model(96, 100), "100 does not divide into 3 heads.*heads="),
+    "no head": (lambda: language_model(96, 32, heads=0), "32, 0"),
+    "one norm": (lambda: language_model(96, 32, norm=nn.LayerNorm(32)), "norm= takes a function"),
+    "one mixer": (lambda: language_model(96, 32, mixer=MultiHeadAttention(32, 2)), "mixer= takes a function"),
+    "both": (lambda: language_model(96, 32, mixer=FourierMixing, heads=2), "heads= and attend= are for the usual"),
+    "unknown": (lambda: language_model(96, 32, dropout=0.1), "no slot dropout"),
+    "rate": (lambda: DropPath(1.0), "1.0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_models_that_do_not_fit_get_a_sentence(name):
+    make, message = BAD_MODELS[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_heads_attend_head_and_drop_are_slots():
+    attend = Shifted()
+    model = language_model(20, 16, 2, heads=4, attend=attend, head=nn.Linear(16, 20), drop=partial(nn.Dropout, 0.5))
+    mixers = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
+    assert [m.heads for m in mixers] == [4, 4] and mixers[0].attend is not mixers[1].attend
+    ids = torch.randint(20, (2, 6))
+    assert not torch.equal(model(ids), model(ids)), "in training something is dropped"
+    plain = language_model(20, 16, 2, heads=4, attend=attend, head=nn.Linear(16, 20)).eval()
+    names = {name.replace("part.part.", "part."): value for name, value in model.state_dict().items()}
+    plain.load_state_dict(names)
+    assert torch.equal(model.eval()(ids), plain(ids)), "in eval mode nothing is"
+
+
+def test_stochastic_depth_drops_whole_rows_and_keeps_the_mean():
+    x, layer = torch.randn(4000, 3), DropPath(0.3)
+    y = layer(x)
+    dropped = (y == 0).all(1)
+    assert torch.allclose(y[~dropped], x[~dropped] / 0.7)
+    assert abs(dropped.float().mean() - 0.3) < 0.04
+    assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("positions", [SinusoidalPositions, partial(LearnedPositions, 12, 16), NoPositions])
+def test_packed_and_padded_texts_are_alone(positions):
+    model = shaken(language_model(20, 16, 2, positions=positions())).eval()
+    ids = torch.randint(20, (2, 9))
+    text = torch.tensor([[0] * 3 + [1] * 6, [4] * 5 + [2] * 4])
+    mask, places = packed(text)
+    assert places.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    with torch.no_grad():
+        found = model(ids, mask=mask, places=places)
+        for row, (a, b) in ((0, (0, 3)), (0, (3, 9)), (1, (0, 5)), (1, (5, 9))):
+            torch.testing.assert_close(found[row : row + 1, a:b], model(ids[row : row + 1, a:b]), atol=1e-5, rtol=0)
+        assert contracts.padding_invariant(lambda x, real: model(x, real=real), ids, torch.arange(9) < torch.tensor([[6], [9]]))
+
+
+def test_the_mean_of_cross_attention_maps_is_what_it_reads():
+    cross = CrossAttention(16, 4)
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    mask = padding_mask(torch.rand(2, 7) > 0.3)
+    v = cross.keys(context)[1]
+    expected = cross.to_out((cross.maps(x, context, mask) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(cross(x, context, mask), expected)
+    assert not torch.allclose(cross(x, context), expected)
+
+
+def test_translation_makes_the_keys_of_its_source_once():
+    model = encoder_decoder(20, 20, 16).eval()
+    source, calls = torch.randint(20, (3, 6)), []
+    for block in model.decoder.blocks:
+        block.look.part.to_kv.register_forward_hook(lambda *_: calls.append(1))
+    found = translate(model, source, 1, 2, 8)
+    assert len(calls) == len(model.decoder.blocks)
+    ids = found[:, :1]
+    with torch.no_grad():
+        for t in range(1, found.shape[1]):
+            ids = torch.cat([ids, model(source, ids)[:, -1:].argmax(-1)], 1)
+            stop = (ids[:, :-1] == 2).any(1)
+            ids[stop, -1] = 2
+        assert torch.equal(ids, found)
+        with remember(model):  # another source inside: its keys are made anew, and encoders remember nothing
+            first = model.decode(found[:, :1], model.encode(source))
+            assert torch.equal(model.encode(source), model.encode(source))
+        with remember(model):
+            model.decode(found[:, :1], model.encode(source.flip(1)))
+            again = model.decode(found[:, :1], model.encode(source), start=1)
+        assert not torch.allclose(first, again)
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_gpt2_starts_as_gpt2(depth):
+    torch.manual_seed(0)
+    model, ids = gpt2(400, 64, 128, depth, 4), torch.randint(400, (4, 65))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name and name.endswith("weight")))), name
+        else:
+            wanted = 0.02 / math.sqrt(2 * depth) if name.endswith(("to_out.weight", "down.weight")) else 0.02
+            assert abs(p.std() / wanted - 1) < 0.03 and abs(p.mean()) < 4 * wanted / math.sqrt(p.numel()), name
+    loss = nn.functional.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:])
+    assert abs(loss - math.log(400)) < 0.05
 
 
 def test_gpt2_small_has_the_published_number_of_parameters():

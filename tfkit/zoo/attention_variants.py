@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    MultiHeadAttention, _check_mask, attention, causal_attention, causal_mask,
+    MultiHeadAttention, check_mask, attention, causal_attention, causal_mask,
     merge_heads, split_heads,
 )
 from tfkit.zoo.transformer import (
@@ -49,7 +49,7 @@ def grouped_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} evenly")
-    _check_mask(mask, q.shape[-2], k.shape[-2])
+    check_mask(mask, q, k)
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(
@@ -174,7 +174,7 @@ def talking_heads(
     h n m weights, since mixing heads rules out the fused kernel.
     Source: "Talking-Heads Attention", 2020.
     """
-    _check_mask(mask, q.shape[-2], k.shape[-2])
+    check_mask(mask, q, k)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (b, h, n, m)
     scores = torch.einsum("gh,bhnm->bgnm", before, scores)
     if mask is None:
@@ -451,7 +451,7 @@ def taylor_attention(
     and k would give it in linear time (chapter 11). Source: "Deconstructing Attention:
     Investigating Design Principles for Effective Language Modeling", 2025.
     """
-    _check_mask(mask, q.shape[-2], k.shape[-2])
+    check_mask(mask, q, k)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5     # (..., n, m)
     weights = 1 + scores + scores.square() / 2
     if mask is not None:

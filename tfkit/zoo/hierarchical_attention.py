@@ -435,6 +435,7 @@ def confer(
     m = latents.shape[1]
     z = latents.reshape(batch, -1, latents.shape[2])               # (b, g m, d)
     sight = order.sight(z.shape[1] // m, m, z.device)
+    sight = None if sight is None else sight[None, None]           # (1, 1, g m, g m)
     if alive is not None:
         keys = alive.view(batch, -1).repeat_interleave(m, 1)[:, None, None]
         sight = keys if sight is None else keys & sight

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..past import looks_back
 from tfkit.zoo.attention import (
-    MultiHeadAttention, _check_mask, attention, attention_weights, causal_attention,
+    MultiHeadAttention, attention, attention_weights, causal_attention, check_mask,
     merge_heads, split_heads,
 )
 
@@ -50,7 +50,7 @@ def _hide(k: Tensor, mask: Tensor | None) -> Tensor:
             f"keys are summed once for all queries, so a mask ends in (1, "
             f"{k.shape[-2]}); got {tuple(mask.shape)}"
         )
-    _check_mask(mask, 1, k.shape[-2])
+    check_mask(mask, k[..., :1, :], k)
     return k * mask.transpose(-2, -1)
 
 # %% notebooks/11_linear_attention.ipynb
