@@ -254,3 +254,13 @@ def looks_back(attend: Callable) -> float | None:
         f"looks_back: math.inf for causal attention, w - 1 for a causal window of w tokens, None for attention that "
         f"sees later tokens"
     )
+
+
+def step_by_step(step: Callable, x: Tensor, state: State) -> Tensor:
+    """The tokens of x (b, n, d) one by one: step(token, past) -> (y, past), where past is a tuple of tensors or None."""
+    past, found = tuple(state.values()) or None, [x[:, :0]]
+    for token in x.split(1, 1) if x.shape[1] else ():
+        y, past = step(token, past)
+        found.append(y)
+    state.update(enumerate(past or ()))
+    return torch.cat(found, 1)

@@ -243,7 +243,7 @@ def yarn_speeds(
         return head_width * by_turns / (2 * math.log(base))
 
     low, high = max(math.floor(plane(32)), 0), min(math.ceil(plane(1)), head_width - 1)
-    ramp = (torch.arange(len(speeds)) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(len(speeds)) - low).to(speeds) / max(high - low, 1e-3)
     return torch.lerp(speeds, slow, ramp.clamp(0, 1))
 
 # %% notebooks/04_length_extrapolation.ipynb

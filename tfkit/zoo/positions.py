@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
     MultiHeadAttention, attention, attention_weights, causal_attention, causal_mask,
+    check_layer_mask, check_tokens,
     merge_heads, split_heads,
 )
-from .transformer import NoPositions, language_model
+from ..past import looks_back, recall, step_by_step, with_past
+from .transformer import NoPositions, in_float32, language_model
 
 # %% notebooks/03_positions.ipynb
 def relative_positions(
@@ -274,13 +276,22 @@ class Rotary(nn.Module):
         v: Float[Tensor, "b g m c"],
         **given,
     ) -> Float[Tensor, "b h n c"]:
-        n, m = q.shape[-2], k.shape[-2]
+        n, m, state = q.shape[-2], k.shape[-2], recall(self)
         if n > m:
             raise ValueError(f"positions of {n} queries are not known among those of "
                              f"{m} keys")
-        angle = self.angles(m)                           # (m, c)
-        return self.attend(self.rotate(q, angle[m - n :]), self.rotate(k, angle), v,
-                           **given)
+        before = state.get("before", 0) if state is not None else 0
+        angle = self.angles(before + m)[before:]         # (m, c)
+        q, k = self.rotate(q, angle[m - n :]), self.rotate(k, angle)
+        if state is not None:                            # turned keys are kept, turned
+            state["before"] = before + m
+            k, v, given["mask"] = with_past(self, self.attend, k, v, given.get("mask"))
+        return self.attend(q, k, v, **given)
+
+    @property
+    def looks_back(self) -> int | None:
+        """0 where `attend` is causal: earlier keys are kept here, already turned."""
+        return 0 if looks_back(self.attend) is not None else None
 
 # %% notebooks/03_positions.ipynb
 def schemes(
@@ -863,6 +874,7 @@ class ComplexRotary(nn.Module):
         return self.attend(self.turned(q, of_query), self.turned(k, place), v, **given)
 
 # %% notebooks/03_positions.ipynb
+@in_float32
 def path_scores(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b n e"], w: Float[Tensor, "*b n e"],
     beta: Float[Tensor, "*b n"], block: int = 64,
@@ -874,9 +886,10 @@ def path_scores(
     Unscaled. Raises ValueError for a block below 1. Source: "PaTH Attention: Position
     Encoding via Accumulating Householder Transformations", 2025.
     """
-    if block < 1:
-        raise ValueError(f"a block has at least one token, got {block}")
     n = q.shape[-2]
+    if block < 1 or n < 1:
+        raise ValueError(f"a block has at least one token, got {block}, and a text as "
+                         f"well, got {n}")
     block = min(block, n)
     pad = -n % block
     # (..., g, c, e)
@@ -938,21 +951,25 @@ class PathProjection(nn.Module):
         self.strength = nn.Linear(width, heads)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], before: Float[Tensor, "b k d"] | None = None
+        self, x: Float[Tensor, "b n d"], before: Float[Tensor, "b k d"] | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
     ) -> tuple[Tensor, ...]:
+        check_tokens(x), check_layer_mask(mask)
+        padded = mask is not None and mask.shape[-2] == 1
+        real = mask[:, 0, 0, :, None] if padded else 1       # padding turns nothing
         q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, -1))
+        low = self.to_w(x) * real
         if before is None:
-            before = x.new_zeros(len(x), self.kernel - 1, x.shape[-1])
-        low = torch.cat([before, self.to_w(x)], 1)           # (b, kernel - 1 + n, d)
+            before = low.new_zeros(len(x), self.kernel - 1, x.shape[-1])
+        low = torch.cat([before, low], 1)                    # (b, kernel - 1 + n, d)
         w = F.silu(self.conv(low.transpose(1, 2))).transpose(1, 2)  # (b, n, d)
         w = F.normalize(split_heads(w, self.heads), dim=-1)  # (b, h, n, e)
-        beta = 2 * self.strength(x).sigmoid().transpose(1, 2)  # (b, h, n)
+        beta = 2 * (self.strength(x).sigmoid() * real).transpose(1, 2)  # (b, h, n)
         return q, k, v, w, beta, low[:, low.shape[1] - self.kernel + 1 :]
 
 # %% notebooks/03_positions.ipynb
 class PathAttention(nn.Module):
-    """Causal multi-head attention with data-dependent positions, (b, n, d) -> (b, n,
-    d).
+    """Causal attention with data-dependent positions: (b, n, d) -> (b, n, d).
 
     Scores by `path_scores`; arguments as for `PathProjection`, which holds the weights.
     Source: "PaTH Attention: Position Encoding via Accumulating Householder
@@ -967,7 +984,11 @@ class PathAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
-        q, k, v, w, beta, _ = self.project(x)
+        if (state := recall(self)) is not None:              # inside `remember`
+            if mask is not None:
+                raise ValueError("PaTH attention remembers texts without padding")
+            return step_by_step(self.step, x, state)
+        q, k, v, w, beta, _ = self.project(x, None, mask)
         return self.to_out(merge_heads(path_attention(q, k, v, w, beta, mask)))
 
     def maps(
