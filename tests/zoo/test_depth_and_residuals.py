@@ -248,7 +248,7 @@ def test_cait_talking_heads_written_out(seed):
 def test_cait_talking_heads_keep_the_mask_and_one_that_forgets_it_is_found():
     layer = disturb(MultiHeadAttention(8, 2, attend=TalkingHeads(2)), 0)
     x = draw(0, 1, 5, 8)
-    assert contracts.causal(lambda x: layer(x, mask=causal_mask(5)), x)
+    assert contracts.causal(lambda x: layer(x, mask=causal_mask(5)[None, None]), x)
 
     class Forgetful(TalkingHeads):  # masks before the softmax alone: the bias of the second mix leaks
         def forward(self, q, k, v, mask=None):
@@ -257,7 +257,7 @@ def test_cait_talking_heads_keep_the_mask_and_one_that_forgets_it_is_found():
             return self.after(weights.movedim(1, -1)).movedim(-1, 1) @ v
 
     leaky = disturb(MultiHeadAttention(8, 2, attend=Forgetful(2)), 0)
-    assert not contracts.causal(lambda x: leaky(x, mask=causal_mask(5)), x)
+    assert not contracts.causal(lambda x: leaky(x, mask=causal_mask(5)[None, None]), x)
 
 
 @shapes
