@@ -4,9 +4,10 @@
 
 # %% notebooks/11_linear_attention.ipynb
 __all__ = ['EVERYWHERE', 'CAUSAL', 'mechanisms', 'examples', 'feature_attention', 'elu_features', 'causal_sums',
-           'causal_feature_attention', 'Featured', 'Running', 'softmax_features', 'orthogonal_gaussian',
-           'RandomFeatures', 'relu_features', 'cosine_features', 'projected_attention', 'ProjectedAttention',
-           'linformer_attention', 'iterated_inverse', 'nystrom_attention', 'NystromAttention', 'simple_average',
+           'causal_feature_attention', 'Featured', 'softmax_logs', 'softmax_features', 'orthogonal_gaussian',
+           'RandomFeatures', 'log_feature_attention', 'fading_sums', 'causal_log_feature_attention', 'relu_features',
+           'cosine_features', 'projected_attention', 'ProjectedAttention', 'linformer_attention', 'iterated_inverse',
+           'nystrom_attention', 'ValueConvolution', 'NystromAttention', 'simple_average', 'SimpleAverage',
            'full_average', 'local_average', 'FullBias', 'LocalBias', 'AFT', 'aft_conv', 'Level', 'IntegratorTree',
            'PolynomialExponential', 'OnIntegers', 'integrate', 'grid_tree', 'ExponentialQuadratic', 'field_sums',
            'Links', 'LeafSums', 'PieceSums', 'TreeSums', 'TopologicalAttention', 'code_attention', 'similar_pairs',
@@ -25,11 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..past import looks_back
 from tfkit.zoo.attention import (
     MultiHeadAttention, attention, attention_weights, causal_attention, check_mask,
     merge_heads, split_heads,
 )
+from ..past import recall
+from .transformer import _real_tokens, in_float32
 
 # %% notebooks/11_linear_attention.ipynb
 def _divide(sums: Tensor) -> Tensor:
@@ -67,6 +69,9 @@ def feature_attention(
     return _divide(q @ (_hide(k, mask).transpose(-2, -1) @ _with_ones(v)))
 
 
+feature_attention.looks_back = None                            # later keys as well
+
+
 def elu_features(x: Float[Tensor, "*b n e"], start: int = 0) -> Float[Tensor, "*b n e"]:
     """elu(x) + 1: positive everywhere. `start`, the first position, is not used.
 
@@ -75,16 +80,24 @@ def elu_features(x: Float[Tensor, "*b n e"], start: int = 0) -> Float[Tensor, "*
     return F.elu(x) + 1
 
 # %% notebooks/11_linear_attention.ipynb
+def _chunk(k: Tensor, v: Tensor) -> int:
+    """The power of two next to sqrt(r c), from 32 to 256."""
+    bits = round(math.log2(k.shape[-1] * v.shape[-1]) / 2)
+    return 2 ** min(max(bits, 5), 8)
+
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
 def causal_sums(
     q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b n r"], v: Float[Tensor, "*b n c"],
-    state: Float[Tensor, "*b r c"] | None = None, chunk: int = 64,
+    state: Float[Tensor, "*b r c"] | None = None, chunk: int | None = None,
 ) -> tuple[Float[Tensor, "*b n c"], Float[Tensor, "*b r c"]]:
     """sum over j <= i of (q_i . k_j) v_j, and the state sum_j k_j v_j^T after it.
 
     state holds what came before (zeros by default). Work O(n r c + n chunk (r + c)),
-    without a loop. Source: "Transformers are RNNs", 2020.
+    without a loop. By default a chunk has about sqrt(r c) tokens: then the states take
+    as much memory as the weights. Source: "Transformers are RNNs", 2020.
     """
-    n = q.shape[-2]
+    n, chunk = q.shape[-2], chunk or _chunk(k, v)
     cut = lambda t: F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
     q, k, v = cut(q), cut(k), cut(v)                           # (..., chunks, chunk, r)
     sums = (k.transpose(-2, -1) @ v).cumsum(-3)                # (..., chunks, r, c)
@@ -98,7 +111,7 @@ def causal_sums(
 # %% notebooks/11_linear_attention.ipynb
 def causal_feature_attention(
     q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b m r"], v: Float[Tensor, "*b m c"],
-    mask: Bool[Tensor, "..."] | None = None, chunk: int = 64,
+    mask: Bool[Tensor, "..."] | None = None, chunk: int | None = None,
 ) -> Float[Tensor, "*b n c"]:
     """`feature_attention` in which query i sees keys up to its own position, in chunks.
 
@@ -114,54 +127,79 @@ def causal_feature_attention(
     return _divide(sums)
 
 
-feature_attention.looks_back, causal_feature_attention.looks_back = None, math.inf
+causal_feature_attention.looks_back = 0                        # a state, no cache
 
 # %% notebooks/11_linear_attention.ipynb
 class Featured(nn.Module):
     """An attend module: average(features(q), features(k), v).
 
-    features  maps (x, start) with x (*b, n, e) to features (*b, n, r)
-    average   `feature_attention` or `causal_feature_attention`
+    features  maps (x, start) with x (*b, n, e) to features (*b, n, r); with a method
+              logs(x), as `RandomFeatures` has, the average works on logarithms
+    average   `feature_attention` or `causal_feature_attention`, with a chunk or without
+
+    Inside `remember` a causal one keeps a state (*b, r, c + 1), whatever the length.
+    Source: "Transformers are RNNs", 2020.
     """
 
     def __init__(self, features: Callable, average: Callable = feature_attention):
         super().__init__()
         self.features, self.average = features, average
 
-    @property
-    def looks_back(self) -> float | None:
-        """As many earlier keys as `average` needs."""
-        return looks_back(self.average)
-
     def forward(
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"],
         v: Float[Tensor, "*b m c"], mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "*b n c"]:
+        state = recall(self)
+        if state is not None:
+            return _go_on(self.features, state, q, k, v, mask)
+        if hasattr(self.features, "logs"):
+            return _of_logs(self.average, self.features, q, k, v, mask)
         q = self.features(q, k.shape[-2] - q.shape[-2])
         return self.average(q, self.features(k, 0), v, mask)
 
-# %% notebooks/11_linear_attention.ipynb
-class Running(nn.Module):
-    """The recurrent form of a causal `Featured`: reads new tokens, keeps only a state.
+    @property
+    def looks_back(self) -> int | None:
+        """How many earlier keys are kept: none, or None where later ones count."""
+        return getattr(self.average, "func", self.average).looks_back
 
-    Call it with the queries, keys and values of one or more new tokens at a time; the
-    state is (*b, r, c + 1), whatever the length. Source: "Transformers are RNNs", 2020.
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
+def _go_on(features, state: dict, q, k, v, mask: Tensor | None) -> Tensor:
+    start, v = state.get("seen", 0), _with_ones(v)
+    if hasattr(features, "logs"):
+        k = _hide_logs(features.logs(k), mask)
+        k, fade, state["top"] = _running_top(k, state.get("top"))
+        q = features.logs(q)
+        q = (q - q.amax(-1, keepdim=True)).exp()
+        sums, state["sums"] = fading_sums(q, k, v, fade, state.get("sums"))
+    else:
+        q, k = features(q, start), _hide(features(k, start), mask)
+        sums, state["sums"] = causal_sums(q, k, v, state.get("sums"))
+    state["seen"] = start + q.shape[-2]
+    return _divide(sums)
+
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
+def _of_logs(average, features, q, k, v, mask: Tensor | None) -> Tensor:
+    given = getattr(average, "keywords", {})                   # a chunk, in a partial
+    average = getattr(average, "func", average)
+    average = {feature_attention: log_feature_attention,
+               causal_feature_attention: causal_log_feature_attention}[average]
+    return average(features.logs(q), features.logs(k), v, mask, **given)
+
+# %% notebooks/11_linear_attention.ipynb
+def softmax_logs(
+    x: Float[Tensor, "*b n e"], w: Float[Tensor, "r e"]
+) -> Float[Tensor, "*b n r"]:
+    """Logarithms of `softmax_features`: w . x' - |x'|^2 / 2 - log(r) / 2.
+
+    Source: "Rethinking Attention with Performers", 2020.
     """
+    x = x * x.shape[-1] ** -0.25
+    half = x.square().sum(-1, keepdim=True) / 2
+    return x @ w.T - half - math.log(len(w)) / 2
 
-    def __init__(self, featured: Featured):
-        super().__init__()
-        self.features, self.state, self.seen = featured.features, None, 0
 
-    def forward(
-        self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b n e"],
-        v: Float[Tensor, "*b n c"], mask: Bool[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "*b n c"]:
-        q, k = self.features(q, self.seen), _hide(self.features(k, self.seen), mask)
-        sums, self.state = causal_sums(q, k, _with_ones(v), self.state)
-        self.seen += q.shape[-2]
-        return _divide(sums)
-
-# %% notebooks/11_linear_attention.ipynb
 def softmax_features(
     x: Float[Tensor, "*b n e"], w: Float[Tensor, "r e"]
 ) -> Float[Tensor, "*b n r"]:
@@ -170,9 +208,7 @@ def softmax_features(
     For normal w, features of q times features of k are exp(q . k / sqrt(e)) on average.
     Source: "Rethinking Attention with Performers", 2020.
     """
-    x = x * x.shape[-1] ** -0.25
-    half = x.square().sum(-1, keepdim=True) / 2
-    return (x @ w.T - half).exp() * len(w) ** -0.5
+    return softmax_logs(x, w).exp()
 
 # %% notebooks/11_linear_attention.ipynb
 def orthogonal_gaussian(count: int, width: int, seed: int = 0) -> Float[Tensor, "r e"]:
@@ -206,6 +242,89 @@ class RandomFeatures(nn.Module):
     ) -> Float[Tensor, "*b n r"]:
         return softmax_features(x, self.w)
 
+    def logs(self, x: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b n r"]:
+        """Logarithms of the features."""
+        return softmax_logs(x, self.w.to(x))
+
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
+def log_feature_attention(
+    q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b m r"], v: Float[Tensor, "*b m c"],
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "*b n c"]:
+    """`feature_attention` for features e^q and e^k, of any size. mask as there.
+
+    Source: the stabilizer of "Rethinking Attention with Performers", 2020.
+    """
+    k = _hide_logs(k, mask)
+    top = k.amax(-2, keepdim=True).detach().clamp_min(torch.finfo(k.dtype).min)
+    q = q + top
+    q = q - q.amax(-1, keepdim=True).detach()                  # at most 0, as k - top
+    return feature_attention(q.exp(), (k - top).exp(), v)
+
+
+def _hide_logs(k: Tensor, mask: Tensor | None) -> Tensor:
+    """log-features (*b, m, r), -inf at keys that do not count."""
+    if mask is None:
+        return k
+    return k + _hide(torch.ones_like(k[..., :1]), mask).log()
+
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
+def fading_sums(
+    q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b n r"], v: Float[Tensor, "*b n c"],
+    fade: Float[Tensor, "*b n 1"], state: Float[Tensor, "*b r c"] | None = None,
+    chunk: int | None = None,
+) -> tuple[Float[Tensor, "*b n c"], Float[Tensor, "*b r c"]]:
+    """q_i S_i for S_i = e^fade_i S_{i-1} + k_i v_i^T with fade <= 0, and the last S.
+
+    `causal_sums` is the case fade = 0. The loop runs over chunks, not over tokens.
+    Source: "Retentive Network", 2023; also in "Transformers are SSMs", 2024 (Mamba-2).
+    """
+    n, chunk = q.shape[-2], chunk or _chunk(k, v)
+    cut = lambda t: F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
+    q, k, v, fade = cut(q), cut(k), cut(v), cut(fade)          # (..., chunks, chunk, r)
+    left = fade.cumsum(-2)                                     # log of what is left
+    whole, apart = left[..., -1:, :], left - left.transpose(-2, -1)
+    later = torch.ones_like(apart, dtype=torch.bool).triu(1)
+    near = (q @ k.transpose(-2, -1)) * apart.masked_fill(later, -torch.inf).exp()
+    ends = (k * (whole - left).exp()).transpose(-2, -1) @ v    # (..., chunks, r, c)
+    states = [torch.zeros_like(ends[..., 0, :, :]) if state is None else state]
+    for share, end in zip(whole.exp().unbind(-3), ends.unbind(-3)):
+        states.append(share * states[-1] + end)
+    out = near @ v + (q * left.exp()) @ torch.stack(states[:-1], -3)
+    return out.flatten(-3, -2)[..., :n, :], states[-1]
+
+# %% notebooks/11_linear_attention.ipynb
+@in_float32
+def causal_log_feature_attention(
+    q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b m r"], v: Float[Tensor, "*b m c"],
+    mask: Bool[Tensor, "..."] | None = None, chunk: int | None = None,
+) -> Float[Tensor, "*b n c"]:
+    """`causal_feature_attention` for features e^q and e^k, however large the key's.
+
+    Lost is only what lies e^87 below its token's largest feature. No later key changes
+    an earlier output, not even by rounding. Arguments and errors as there.
+    """
+    past, k = k.shape[-2] - q.shape[-2], _hide_logs(k, mask)
+    if past < 0:
+        raise ValueError(f"{q.shape[-2]} queries need as many keys, got {k.shape[-2]}")
+    k, fade, _ = _running_top(k)
+    q = (q - q.amax(-1, keepdim=True).detach()).exp()
+    q = F.pad(q, (0, 0, past, 0))                              # the first ask nothing
+    sums, _ = fading_sums(q, k, _with_ones(v), fade, chunk=chunk)
+    return _divide(sums[..., past:, :])
+
+# %% notebooks/11_linear_attention.ipynb
+def _running_top(k: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(k - m) for m the largest entry so far (from `top` on), steps of m, last m."""
+    low = torch.finfo(k.dtype).min
+    m = k.amax(-1, keepdim=True).detach().clamp_min(low)       # (*b, n, 1)
+    first = m[..., :1, :] if top is None else top
+    m = torch.cat([first, m], -2).cummax(-2).values
+    fade = (m[..., :-1, :] - m[..., 1:, :]).clamp_min(-100.0)
+    return (k - m[..., 1:, :]).exp(), fade, m[..., -1:, :]
+
 # %% notebooks/11_linear_attention.ipynb
 def relu_features(
     x: Float[Tensor, "*b n e"], start: int = 0
@@ -227,10 +346,11 @@ def cosine_features(
     n = x.shape[-2]
     if start + n > length:
         raise ValueError(f"{start + n} positions, but length M is only {length}")
-    place = torch.arange(start, start + n, device=x.device, dtype=x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)         # holds every position
+    place = torch.arange(start, start + n, device=x.device, dtype=wide)
     angle = place[:, None] * (math.pi / 2 / length)            # (n, 1)
-    x = F.relu(x)
-    return torch.cat([x * angle.cos(), x * angle.sin()], -1)   # (*b, n, 2 e)
+    x, cosine, sine = F.relu(x), angle.cos().to(x), angle.sin().to(x)
+    return torch.cat([x * cosine, x * sine], -1)               # (*b, n, 2 e)
 
 # %% notebooks/11_linear_attention.ipynb
 def projected_attention(
@@ -252,6 +372,8 @@ class ProjectedAttention(nn.Module):
     `length`, and for a mask that differs by query, such as a causal one.
     Source: "Linformer: Self-Attention with Linear Complexity", 2020.
     """
+
+    looks_back = None                                  # each row of E mixes all keys
 
     def __init__(self, length: int, rank: int):
         super().__init__()
@@ -287,10 +409,11 @@ def iterated_inverse(
 ) -> Float[Tensor, "*b r r"]:
     """The pseudo-inverse of softmax maps by an iteration of matrix products alone.
 
-    Source: "Nyströmformer", 2021.
+    Each matrix begins with its transpose over its largest column sum, so that texts of
+    a batch do not touch each other. Source: "Nyströmformer", 2021.
     """
     one = torch.eye(a.shape[-1]).to(a)
-    z = a.transpose(-2, -1) / a.sum(-2).amax()
+    z = a.transpose(-2, -1) / a.sum(-2, keepdim=True).amax(-1, keepdim=True)
     for _ in range(steps):
         az = a @ z
         z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
@@ -300,39 +423,80 @@ def iterated_inverse(
 def nystrom_attention(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"], v: Float[Tensor, "*b m c"],
     rank: int, inverse: Callable = iterated_inverse,
+    mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "*b n c"]:
     """Attention through `rank` landmarks: the means of equal segments of q and of k.
 
     softmax(q k'^T) softmax(q' k'^T)^+ softmax(q' k^T) v, each scaled by 1 / sqrt(e).
-    Raises ValueError for more landmarks than tokens. Source: "Nyströmformer", 2021.
+    mask (..., 1, n), for n = m, is True at tokens that count: segments are cut from
+    those alone. Raises ValueError for more landmarks than tokens, and for a mask that
+    differs by query. Source: "Nyströmformer", 2021.
     """
     if rank > min(q.shape[-2], k.shape[-2]):
         raise ValueError(f"{rank} landmarks for {q.shape[-2]} by {k.shape[-2]} tokens")
-    means = lambda t: F.adaptive_avg_pool1d(t.flatten(0, -3).mT, rank).mT.unflatten(
-        0, t.shape[:-2])                                       # (*b, rank, e)
+    if mask is None:
+        means = lambda t: F.adaptive_avg_pool1d(t.flatten(0, -3).mT, rank).mT.unflatten(
+            0, t.shape[:-2])                                   # (*b, rank, e)
+    else:
+        ones = torch.ones_like(k[..., :1], dtype=torch.float32)
+        means = lambda t: _segments(_hide(ones, mask), rank).to(t) @ t
     q_few, k_few = means(q), means(k)
     core = inverse(attention_weights(q_few, k_few))            # (*b, rank, rank)
-    return attention_weights(q, k_few) @ (core @ attention(q_few, k, v))
+    read = attention_weights(q_few, k, mask) @ v               # (*b, rank, c)
+    return attention_weights(q, k_few) @ (core @ read)
 
 # %% notebooks/11_linear_attention.ipynb
-class NystromAttention(nn.Module):
-    """`nystrom_attention` for the slot `attend`; it takes no mask.
+def _segments(real: Tensor, rank: int) -> Tensor:
+    """Averages over `rank` segments of the tokens with real = 1: (*b, rank, n).
 
-    Raises ValueError for any mask: landmarks mix all positions.
+    With n of them segment s has tokens floor(s n / rank) to ceil((s + 1) n / rank) - 1.
+    """
+    real = real.transpose(-2, -1)                              # (*b, 1, n)
+    place, count = real.cumsum(-1) - 1, real.sum(-1, keepdim=True)
+    s = torch.arange(rank, device=real.device)[:, None]
+    inside = (place >= (s * count / rank).floor()) & (
+        place < ((s + 1) * count / rank).ceil()) & (real > 0)
+    return inside / inside.sum(-1, keepdim=True).clamp_min(1)
+
+# %% notebooks/11_linear_attention.ipynb
+class ValueConvolution(nn.Conv2d):
+    """A learned filter of odd size over the tokens, one for each head: (b, h, n, c).
+
+    Raises ValueError for an even size, which has no middle.
     Source: "Nyströmformer", 2021.
     """
 
-    def __init__(self, rank: int, inverse: Callable = iterated_inverse):
+    def __init__(self, heads: int, size: int = 33):
+        if size % 2 == 0:
+            raise ValueError(f"the filter needs a middle, so an odd size; got {size}")
+        super().__init__(
+            heads, heads, (size, 1), padding=(size // 2, 0), groups=heads, bias=False)
+
+# %% notebooks/11_linear_attention.ipynb
+class NystromAttention(nn.Module):
+    """`nystrom_attention`, plus convolve(v), for the slot `attend`.
+
+    convolve  module (b, h, n, c) -> (b, h, n, c), such as `ValueConvolution`, or None
+
+    mask (b, 1, 1, n) is a padding mask; ValueError for one that differs by query, such
+    as a causal one: landmarks mix all positions. Source: "Nyströmformer", 2021.
+    """
+
+    looks_back = None                                  # landmarks mix all keys
+
+    def __init__(
+        self, rank: int, inverse: Callable = iterated_inverse,
+        convolve: nn.Module | None = None,
+    ):
         super().__init__()
-        self.rank, self.inverse = rank, inverse
+        self.rank, self.inverse, self.convolve = rank, inverse, convolve
 
     def forward(
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"],
         v: Float[Tensor, "*b m c"], mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "*b n c"]:
-        if mask is not None:
-            raise ValueError(f"landmarks mix all keys, got a mask {tuple(mask.shape)}")
-        return nystrom_attention(q, k, v, self.rank, self.inverse)
+        out = nystrom_attention(q, k, v, self.rank, self.inverse, mask)
+        return out if self.convolve is None else out + self.convolve(_hide(v, mask))
 
 # %% notebooks/11_linear_attention.ipynb
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
@@ -340,8 +504,12 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 
 
 def _loud(k: Tensor) -> Tensor:
-    """e^k up to a factor per feature, which cancels in every average."""
-    return (k - k.amax(-2, keepdim=True).detach()).exp()
+    """e^k up to a factor per feature, which cancels in every average; double precision.
+
+    So a key may be e^700 times as loud as an earlier one before that one is lost.
+    """
+    top = k.amax(-2, keepdim=True).detach().double().clamp_min(-1e300)
+    return (k.double() - top).exp()
 
 
 def simple_average(
@@ -349,24 +517,57 @@ def simple_average(
 ) -> Float[Tensor, "*b n d"]:
     """AFT-simple: the mean of past v weighted by e^k, for each feature: O(n d).
 
-    Keys of one feature must lie within about 80 of each other.
-    Source: "An Attention Free Transformer", 2021.
+    Sums are in double precision: keys of one feature may differ by 700. A key of -inf
+    is not heard. Source: "An Attention Free Transformer", 2021.
     """
     a = _loud(k)
-    return _ratio((a * v).cumsum(-2), a.cumsum(-2))
+    return _ratio((a * v).cumsum(-2), a.cumsum(-2)).to(v.dtype)
+
+# %% notebooks/11_linear_attention.ipynb
+class SimpleAverage(nn.Module):
+    """`simple_average`; inside `remember` the past is one key and one value a feature.
+
+    They are log sum e^k and the average so far: as a first token they weigh what the
+    past weighs. Source: "An Attention Free Transformer", 2021.
+    """
+
+    def forward(
+        self, k: Float[Tensor, "*b n d"], v: Float[Tensor, "*b n d"]
+    ) -> Float[Tensor, "*b n d"]:
+        state = recall(self)
+        if state is None:
+            return simple_average(k, v)
+        key, value = _past_token(state, k)
+        k, v = torch.cat([key, k], -2), torch.cat([value, v], -2)
+        state["k"], state["v"] = _one_token(k, v)
+        return simple_average(k, v)[..., 1:, :]
+
+
+def _past_token(state: dict, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The key and value that stand for the past; not heard when there is none."""
+    none = like[..., :1, :]
+    return (state.get("k", torch.full_like(none, -torch.inf)),
+            state.get("v", torch.zeros_like(none)))
+
+
+def _one_token(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One key and value (*b, 1, d) that weigh as much as these n."""
+    return k.logsumexp(-2, keepdim=True), simple_average(k, v)[..., -1:, :]
 
 # %% notebooks/11_linear_attention.ipynb
 def full_average(
-    k: Float[Tensor, "*b n d"], v: Float[Tensor, "*b n d"], w: Float[Tensor, "n n"]
+    k: Float[Tensor, "*b m d"], v: Float[Tensor, "*b m d"], w: Float[Tensor, "n m"]
 ) -> Float[Tensor, "*b n d"]:
-    """AFT-full: weights e^(k_t' + w_tt') over the past t' <= t.
+    """AFT-full: weights e^(k_t' + w_tt') over the past t' <= t, for the last n tokens.
 
-    One n x n table serves all features and texts: O(n^2 d) time, O(n d) memory for each
+    One n x m table serves all features and texts: O(n m d) time, O(m d) memory for each
     text. Source: "An Attention Free Transformer", 2021.
     """
-    a = _loud(k)
-    w = (w - w.amax(-1, keepdim=True).detach()).exp().tril()   # (n, n)
-    return _ratio(w @ (a * v), w @ a)
+    a, (n, m) = _loud(k), w.shape
+    past = torch.ones_like(w, dtype=torch.bool).tril(m - n)
+    w = w.double().masked_fill(~past, -torch.inf)
+    w = (w - w.amax(-1, keepdim=True).detach()).exp()          # (n, m)
+    return _ratio(w @ (a * v), w @ a).to(v.dtype)
 
 # %% notebooks/11_linear_attention.ipynb
 def local_average(
@@ -388,18 +589,19 @@ def local_average(
     both = torch.cat([a * v, a], -1)                           # (*b, n, 2 d)
     cut = lambda t: F.pad(t, (0, 0, 0, -n % s)).unflatten(-2, (-1, s))
     two = lambda t: torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[..., :-1, :, :], t], -2)
-    w = cut(rows) @ two(cut(columns)).mT                       # (blocks, s, 2 s)
+    w = cut(rows.double()) @ two(cut(columns.double())).mT     # (blocks, s, 2 s)
     back = torch.arange(s, device=k.device)[:, None] + s - torch.arange(
         2 * s, device=k.device)                                # t - t', (s, 2 s)
     w = w.masked_fill((back < 0) | (back >= s), 0.0).expm1()
     near = (w @ two(cut(both))).flatten(-3, -2)[..., :n, :]
-    return _ratio(*(both.cumsum(-2) + near).chunk(2, -1))
+    return _ratio(*(both.cumsum(-2) + near).chunk(2, -1)).to(v.dtype)
 
 # %% notebooks/11_linear_attention.ipynb
 class FullBias(nn.Module):
     """Learned biases u_t . v_t' of rank r for AFT-full, up to `length` tokens.
 
-    Raises ValueError for longer inputs. Source: "An Attention Free Transformer", 2021.
+    Inside `remember` all keys and values are kept: each has a bias of its own. Raises
+    ValueError for longer inputs. Source: "An Attention Free Transformer", 2021.
     """
 
     def __init__(self, length: int, rank: int = 32):
@@ -415,13 +617,17 @@ class FullBias(nn.Module):
     def forward(
         self, k: Float[Tensor, "*b n d"], v: Float[Tensor, "*b n d"]
     ) -> Float[Tensor, "*b n d"]:
+        state, n = recall(self), k.shape[-2]
+        if state is not None:
+            k, v = state.append("k", k), state.append("v", v)
         rows, columns = self._tables(k.shape[-2])
-        return full_average(k, v, rows @ columns.T)
+        return full_average(k, v, rows[-n:] @ columns.T)
 
 # %% notebooks/11_linear_attention.ipynb
 class LocalBias(FullBias):
     """The same for AFT-local: only distances below `window` have a bias.
 
+    Inside `remember` it keeps window - 1 tokens, and one that stands for those before.
     Source: "An Attention Free Transformer", 2021.
     """
 
@@ -432,32 +638,43 @@ class LocalBias(FullBias):
     def forward(
         self, k: Float[Tensor, "*b n d"], v: Float[Tensor, "*b n d"]
     ) -> Float[Tensor, "*b n d"]:
-        return local_average(k, v, *self._tables(k.shape[-2]), self.window)
+        state, n = recall(self), k.shape[-2]
+        if state is None:
+            return local_average(k, v, *self._tables(n), self.window)
+        seen = state["seen"] = state.get("seen", 0) + n
+        near = max(self.window - 1, 0)
+        k, v = (state.append(name, t, most=near) for name, t in (("ks", k), ("vs", v)))
+        old, m = _past_token(state, k), k.shape[-2]
+        rows, columns = (F.pad(t[-m:], (0, 0, 1, 0)) for t in self._tables(seen))
+        k, v = torch.cat([old[0], k], -2), torch.cat([old[1], v], -2)
+        left = k.shape[-2] - min(near, m)                      # these are not kept
+        state["k"], state["v"] = _one_token(k[..., :left, :], v[..., :left, :])
+        return local_average(k, v, rows, columns, self.window)[..., -n:, :]
 
 # %% notebooks/11_linear_attention.ipynb
 class AFT(nn.Module):
     """Causal attention-free layer: W_o (sigmoid(q) * average(k, v)).
 
-    average  `simple_average`, `FullBias(length)` or `LocalBias(length, window)`
+    average  `SimpleAverage()`, the default, `FullBias(length)` or `LocalBias(length,
+             window)`: a module (b, n, d), (b, n, d) -> (b, n, d)
 
-    forward takes no mask but None, and raises ValueError for another.
+    mask (b, 1, 1, n) is a padding mask, True at tokens that count.
     Source: "An Attention Free Transformer", 2021.
     """
 
     def __init__(
-        self, width: int, average: Callable = simple_average, bias: bool = True
+        self, width: int, average: Callable | None = None, bias: bool = True
     ):
         super().__init__()
         self.to_qkv = nn.Linear(width, 3 * width, bias)
         self.to_out = nn.Linear(width, width, bias)
-        self.average = average
+        self.average = SimpleAverage() if average is None else average
 
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
-        if mask is not None:
-            raise ValueError(f"AFT is causal by itself, got a mask {tuple(mask.shape)}")
         q, k, v = self.to_qkv(x).chunk(3, -1)                  # three times (b, n, d)
+        k = k.masked_fill(~_real_tokens(x, mask)[..., None], -torch.inf)
         return self.to_out(q.sigmoid() * self.average(k, v))
 
 # %% notebooks/11_linear_attention.ipynb
@@ -728,10 +945,19 @@ class _SumBags(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, there: tuple, back: tuple) -> Tensor:
-        ctx.there, ctx.back = there, back
+    def forward(x: Tensor, there: tuple, back: tuple) -> Tensor:
         rows, starts = there
         return F.embedding_bag(rows, x, starts, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.there, ctx.back = inputs
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, x: Tensor, there: tuple, back: tuple) -> tuple:
+        wide = x.movedim(in_dims[0], 1).flatten(1)             # (s, batch c): columns
+        out = _SumBags.apply(wide.contiguous(), there, back)
+        return out.unflatten(1, (info.batch_size, -1)), 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -882,6 +1108,8 @@ class TopologicalAttention(nn.Module):
     tokens than nodes. Source: "Fast Tree-Field Integrators", 2024.
     """
 
+    looks_back = None                                  # a tree has no direction
+
     def __init__(
         self, tree: IntegratorTree, f: nn.Module, features: Callable = elu_features,
         leaf: int = 288,
@@ -901,7 +1129,8 @@ class TopologicalAttention(nn.Module):
             raise ValueError(f"a tree of {self.tree.n} nodes, got {q.shape[-2]} tokens")
         parts = self.features(q), self.features(k), _with_ones(v)
         flat = (t.reshape(-1, *t.shape[-2:]) for t in parts)
-        return _divide(self.sums(self.f, *flat).reshape(*v.shape[:-1], -1))
+        sums = in_float32(self.sums)(self.f, *flat)
+        return _divide(sums.reshape(*v.shape[:-1], -1))
 
 # %% notebooks/11_linear_attention.ipynb
 def code_attention(
@@ -932,10 +1161,15 @@ def similar_pairs(x: Float[Tensor, "*b n e"], count: int) -> Float[Tensor, "*b n
 class _Sign(torch.autograd.Function):
     """+1 or -1; backward as if it were the identity between -1 and 1."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return torch.where(x > 0, 1.0, -1.0).to(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -1006,6 +1240,8 @@ class EcoAttention(nn.Module):
     2022.
     """
 
+    no_past = "its sums run over the whole text, later tokens included"
+
     def __init__(
         self, width: int, heads: int, bits: int = 16, anchors: int = 25,
         bias: bool = True
@@ -1037,7 +1273,7 @@ def _monomials(width: int, degree: int) -> tuple[Tensor, Tensor]:
     picks = itertools.combinations_with_replacement(range(width + 1), degree)
     table = torch.tensor(list(picks), dtype=torch.long)        # (r, degree)
     powers = (table.unsqueeze(-1) == torch.arange(1, width + 1)).sum(1)  # (r, e)
-    return table, (-torch.lgamma(powers + 1.0).sum(-1) / 2).exp()
+    return table, (-torch.lgamma(powers.double() + 1).sum(-1) / 2).exp()
 
 
 def taylor_features(
@@ -1079,17 +1315,23 @@ CAUSAL = (past_pairs, future_pairs)
 class _PolynomialAttention(torch.autograd.Function):
     """Forward and backward of softmax attention through U, W and D alone."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, degree: int, sums: tuple) -> Tensor:
-        u, w = taylor_features(q, degree), taylor_features(k, degree)
-        total = sums[0](u, w, _with_ones(v))                   # (*b, n, c + 1)
-        out, d = total[..., :-1] / total[..., -1:], total[..., -1:]
-        ctx.save_for_backward(q, k, v, u, w, out, d)
-        ctx.sums = sums
-        return out
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def forward(q, k, v, degree: int, sums: tuple) -> tuple:
+        u, w = taylor_features(q, degree), taylor_features(k, degree)
+        total = sums[0](u, w, _with_ones(v))                   # (*b, n, c + 1)
+        return total[..., :-1] / total[..., -1:], u, w, total[..., -1:].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        q, k, v, _, ctx.sums = inputs
+        out, u, w, d = output
+        ctx.save_for_backward(q, k, v, u, w, out, d)
+        ctx.mark_non_differentiable(u, w, d)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple:
         q, k, v, u, w, out, d = ctx.saved_tensors
         over_keys, over_queries = ctx.sums
         g = grad / d
@@ -1101,6 +1343,7 @@ class _PolynomialAttention(torch.autograd.Function):
         return dq, dk, over_queries(w, u, g), None, None
 
 # %% notebooks/11_linear_attention.ipynb
+@in_float32
 def polynomial_attention(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"], v: Float[Tensor, "*b m c"],
     degree: int, sums: tuple[Callable, Callable] = EVERYWHERE,
@@ -1115,9 +1358,9 @@ def polynomial_attention(
     """
     if sums is not EVERYWHERE and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"{q.shape[-2]} queries, {k.shape[-2]} keys: not a square map")
-    return _PolynomialAttention.apply(q * q.shape[-1] ** -0.5, k, v, degree, sums)
+    return _PolynomialAttention.apply(q * q.shape[-1] ** -0.5, k, v, degree, sums)[0]
 
-
+# %% notebooks/11_linear_attention.ipynb
 class PolynomialAttention(nn.Module):
     """`polynomial_attention` for the slot `attend`; it takes no mask but None.
 
@@ -1128,6 +1371,7 @@ class PolynomialAttention(nn.Module):
     def __init__(self, degree: int, sums: tuple[Callable, Callable] = EVERYWHERE):
         super().__init__()
         self.degree, self.sums = degree, sums
+        self.looks_back = 0 if sums is CAUSAL else None        # causal sums are a state
 
     def forward(
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"],
@@ -1135,7 +1379,13 @@ class PolynomialAttention(nn.Module):
     ) -> Float[Tensor, "*b n c"]:
         if mask is not None:
             raise ValueError(f"choose the sums instead; got a mask {tuple(mask.shape)}")
-        return polynomial_attention(q, k, v, self.degree, self.sums)
+        state = recall(self)
+        if state is None:
+            return polynomial_attention(q, k, v, self.degree, self.sums)
+        u = taylor_features(q * q.shape[-1] ** -0.5, self.degree)
+        w = taylor_features(k, self.degree)
+        sums, state["sums"] = causal_sums(u, w, _with_ones(v), state.get("sums"))
+        return _divide(sums)
 
 # %% notebooks/11_linear_attention.ipynb
 def _layer(attend: Callable, heads: int = 4) -> Callable[[], tuple]:
