@@ -108,7 +108,7 @@ def test_wrong_masks_and_lengths_are_refused():
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind(0)
     with pytest.raises(ValueError, match="once for all queries"):
         z.feature_attention(q, k, v, causal_mask(5))
-    with pytest.raises(ValueError, match="5 keys"):
+    with pytest.raises(ValueError, match=r"got \(1, 4\)"):
         z.feature_attention(q, k, v, torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="got 3"):
         z.causal_feature_attention(q, k[..., :3, :], v[..., :3, :])

@@ -686,10 +686,10 @@ def _omega_muon(q, k, v, gates, window, chunk, error, start):
         size = size[:, None, None]
         p = polar_factor(gram / size.square()) / size                # (b h L, c, c)
         reads = tall @ (rows @ ask.transpose(1, 2))                  # (b h, L c, L)
-        reads = (p @ reads.view(*flat.shape[:2], -1)).view(b * h, -1, c, chunk)
+        reads = (p @ reads.view(*flat.shape[:2], chunk)).view(b * h, chunk, c, chunk)
         old = memory @ ask.transpose(1, 2) * kept                    # (b h, c, L)
         found.append((reads * moved).sum(1) + old)
-        last = p.view(b * h, -1, c, c) * moved[..., -1:]             # P is symmetric,
+        last = p.view(b * h, chunk, c, c) * moved[..., -1:]          # P is symmetric,
         turn = last.flatten(1, 2).transpose(1, 2) @ tall             # sum of a P_t B_t
         memory = torch.baddbmm(memory * kept[..., -1:], turn, rows)
         speed = coords[:, -1] @ rows
@@ -738,6 +738,8 @@ def _omega_memory_from(
     gates = Gates(*(gate.to(k) for gate in gates))
     if start is None:
         start = (k.new_zeros(*k.shape[:2], v.shape[-1], k.shape[-1]),) * 2
+    if q.shape[2] == 0:                                # no words, no step
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), start
     given = q, k, v, gates, window, chunk, error
     if optimize is newton_schulz:
         return _omega_muon(*given, start)
@@ -806,15 +808,14 @@ class AtlasMemory(MultiHeadAttention):
 def _omega_on(layer: AtlasMemory, past, q, k, v, gates: Gates) -> Tensor:
     """Outputs for a piece; `past` holds the memory at the unfinished chunk's start."""
     n, seen = q.shape[2], past.get("seen", 0)
-    again = seen % layer.chunk                         # words of the unfinished chunk
-    rest = (again + n) % layer.chunk
+    again, rest = seen % layer.chunk, (seen + n) % layer.chunk     # of unfinished chunks
     most, full = layer.window - 1 + rest, again + n - rest
     gates = torch.stack(gates, -1)                     # (b, h, n, 4)
     k, v, gates = (past.append(name, t, dim=2, most=most)
                    for name, t in (("k", k), ("v", v), ("gates", gates)))
     q, before = F.pad(q, (0, 0, again, 0)), k.shape[2] - again - n
-    start, found, rule = past.get("M"), [], (layer.window, layer.chunk, layer.optimize)
-    start = None if start is None else (start, past["S"])
+    start = (past["M"], past["S"]) if "M" in past else None
+    found, rule = [], (layer.window, layer.chunk, layer.optimize)
     for a, b in ((0, full), (full, again + n)):        # whole chunks, then the rest
         if a < b:
             far = max(before + a - (layer.window - 1), 0)
