@@ -808,7 +808,7 @@ class AtlasMemory(MultiHeadAttention):
 def _omega_on(layer: AtlasMemory, past, q, k, v, gates: Gates) -> Tensor:
     """Outputs for a piece; `past` holds the memory at the unfinished chunk's start."""
     n, seen = q.shape[2], past.get("seen", 0)
-    again, rest = seen % layer.chunk, (seen + n) % layer.chunk     # of unfinished chunks
+    again, rest = seen % layer.chunk, (seen + n) % layer.chunk         # unfinished
     most, full = layer.window - 1 + rest, again + n - rest
     gates = torch.stack(gates, -1)                     # (b, h, n, 4)
     k, v, gates = (past.append(name, t, dim=2, most=most)
