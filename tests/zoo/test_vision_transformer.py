@@ -1,9 +1,10 @@
-"""Identities of chapter 20 on random shapes and seeds, parity, published totals, and broken variants that must be found.
+"""Identities of chapter 20 on random shapes and seeds, parity, published totals, and broken variants.
 
 Covers vit, compact_transformer, scaling_vit, three_things, vit_22b and small_dataset_vit.
 """
 
 import copy
+import inspect
 import math
 import pickle
 from functools import partial
@@ -40,6 +41,7 @@ from tfkit.zoo.vision_transformer import (
     Stage,
     Summed,
     TokenStage,
+    _check_images,
     attention_maps,
     attention_rollout,
     attention_without_qkv_bias,
@@ -162,6 +164,17 @@ def test_patches_must_tile():
     with pytest.raises(ValueError, match="patches of 5 pixels do not tile 12 pixels"):
         vit(12, 5, 8, 1, 1)
     assert grid_of(12, 4) == 3
+    for size, patch in ((12, 0), (12, -4), (0, 4)):
+        with pytest.raises(ValueError, match=f"patches of {patch} pixels do not tile {size} pixels"):
+            grid_of(size, patch)
+    for patch in (0, -4):
+        with pytest.raises(ValueError, match=f"patches of {patch} pixels do not tile 8 by 8 pixels"):
+            patchify(draw(0, 1, 3, 8, 8), patch)
+
+
+def test_a_picture_without_its_batch_is_named():
+    with pytest.raises(ValueError, match=r"images are \(b, c, H, W\), not \(3, 8, 8\)"):
+        _check_images(draw(0, 3, 8, 8), 3, 4)
 
 
 # --- positions
@@ -211,6 +224,14 @@ def test_conditional_positions_are_a_depthwise_convolution(seed):
     slow = F.conv2d(x.permute(0, 3, 1, 2), layer.look.weight, layer.look.bias, padding=2, groups=4)
     assert torch.allclose(layer(x), x + slow.permute(0, 2, 3, 1), atol=1e-6)
     assert ConditionalGrid(4).look.weight.shape == (4, 1, 3, 3)
+    with pytest.raises(ValueError, match="a kernel of 2 has no center"):
+        ConditionalGrid(4, 2)
+
+
+def test_positions_of_another_width_are_refused():
+    for width in (1, 6):
+        with pytest.raises(ValueError, match=f"positions are 8 wide, the map {width}"):
+            LearnedGrid(4, 4, 8)(torch.zeros(1, 4, 4, width))
 
 
 # --- stages and the skeleton
@@ -272,9 +293,7 @@ def test_channels_first_runs_picture_layers_on_maps():
 
 def test_features_come_by_name_and_tokens_join_late():
     stages = [Stage([Times(2)]), TokenStage([Times(3)], ChannelsFirst(nn.Conv2d(4, 6, 2, 2)))]
-    model = ImageModel(
-        PatchStem(2, 3, 4), stages, nn.LayerNorm(6), class_pooling, nn.Linear(6, 5), ExtraTokens(2, 6)
-    )
+    model = ImageModel(PatchStem(2, 3, 4), stages, nn.LayerNorm(6), class_pooling, nn.Linear(6, 5), ExtraTokens(2, 6))
     x = draw(0, 2, 3, 8, 16)
     maps = model.features(x)
     assert {k: tuple(v.shape) for k, v in maps.items()} == {
@@ -374,7 +393,9 @@ def test_published_totals(make, total, size, heads):
     with torch.device("meta"):
         model = make()
     assert measure.parameters(model) == total
-    stride = model.stem.cut.stride[0] if hasattr(model.stem, "cut") else size // model.stages[0].positions.table.shape[0]
+    stride = (
+        model.stem.cut.stride[0] if hasattr(model.stem, "cut") else size // model.stages[0].positions.table.shape[0]
+    )
     assert model.stages[0].positions.table.shape[0] * stride == size
     assert {m.heads for m in model.modules() if isinstance(m, MultiHeadAttention)} == {heads}
 
@@ -404,9 +425,7 @@ def test_attention_pooling_equals_timm():
     ]
     norm = partial(nn.LayerNorm, 16, eps=1e-6)
     blocks = [Block(MultiHeadAttention(16, 2), FeedForward(16), norm) for _ in range(2)]
-    model = isotropic(
-        PatchStem(8, 3, 16), blocks, 16, 5, positions=LearnedGrid(4, 4, 16), pool=AttentionPooling(16, 2)
-    )
+    model = isotropic(PatchStem(8, 3, 16), blocks, 16, 5, positions=LearnedGrid(4, 4, 16), pool=AttentionPooling(16, 2))
     with torch.no_grad():
         found = dialed(model)(WAVE)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-10)
@@ -484,7 +503,7 @@ def test_recut_computes_the_same_and_names_more():
     assert torch.equal(cut(x), model(x)) and list(cut.features(x)) == ["stem", "stage1", "stage2"]
     assert torch.equal(cut.features(x)["stage2"], model.features(x)["stage1"])
     assert [len(stage.blocks) for stage in cut.stages] == [1, 2]
-    for depths in ([1, 1], [2, 2]):
+    for depths in ([1, 1], [2, 2], [4, -1], []):
         with pytest.raises(ValueError, match="from stages of"):
             recut(model, depths)
     with pytest.raises(ValueError, match=r"stages of \[1, 2\] blocks from stages of \[1, 2\]"):
@@ -593,11 +612,18 @@ def test_a_known_law_is_found_again(law, unit):
 def test_the_law_by_its_formula_and_its_refusals():
     law = SaturatingLaw(2.0, 0.5, 0.1, 3.0)
     assert torch.allclose(law(torch.tensor([1.0, 6.0])), torch.tensor([2 / 2 + 0.1, 2 / 3 + 0.1]))
-    with pytest.raises(ValueError, match="five points or more"):
-        fit_saturating_law(torch.ones(4), torch.ones(4))
-    for compute, error in ((torch.arange(5.0), torch.ones(5)), (torch.ones(5), torch.arange(5.0))):
-        with pytest.raises(ValueError, match="all positive; got 5 with 0"):
+    six, ones = torch.arange(1.0, 7.0), torch.ones(6)
+    for compute, error in ((six[:4], ones[:4]), (ones, six), (six // 2 + 1, ones)):
+        with pytest.raises(ValueError, match="five points or more, an error for each; got"):
             fit_saturating_law(compute, error)
+    unchecked = inspect.unwrap(fit_saturating_law)  # the shapes as they arrive where no annotation is checked
+    for error in (ones[:1], ones[:5]):
+        with pytest.raises(ValueError, match=f"got 6 .6 different. and {len(error)} errors"):
+            unchecked(six, error)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        for compute, error in ((torch.cat([six, torch.tensor([bad])]), torch.ones(7)), (six, torch.tensor([bad] * 6))):
+            with pytest.raises(ValueError, match="values must be positive and finite"):
+                fit_saturating_law(compute, error)
     straight = fit_saturating_law(torch.logspace(0, 3, 5), torch.logspace(0, 3, 5) ** -0.5)
     assert abs(straight.b - 0.5) < 0.02 and straight.c >= 0 and straight.d >= 0
 
@@ -627,6 +653,11 @@ def test_recipe_of_scaling():
     assert rate[39] == pytest.approx(0.5) and rate[79] == pytest.approx(math.sqrt(10 / 80))
     assert rate[90] == pytest.approx(math.sqrt(10 / 91) * 0.5)
     assert rate[:80] == [rsqrt_schedule(s, 200, 10, 20) for s in range(80)]
+    assert rsqrt_schedule(100, 100, 10, 20) == rsqrt_schedule(103, 100, 10, 20) == 0
+    assert rsqrt_schedule(0, 3, 1, 1) == 1
+    for warmup, cooldown in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=f"warmup {warmup} and cooldown {cooldown}"):
+            rsqrt_schedule(0, 10, warmup, cooldown)
 
 
 # --- three_things
@@ -634,9 +665,7 @@ def test_recipe_of_scaling():
 
 def blocks_of(width, count, seed):
     norm = partial(nn.LayerNorm, width)
-    return [
-        disturb(Block(MultiHeadAttention(width, 2), FeedForward(width), norm), seed + i, 0.1) for i in range(count)
-    ]
+    return [disturb(Block(MultiHeadAttention(width, 2), FeedForward(width), norm), seed + i, 0.1) for i in range(count)]
 
 
 @seeds
@@ -676,6 +705,10 @@ def test_attention_alone_is_tuned():
     moving = {name for name, p in small().named_parameters() if ".mix.part." in name}
     model = tune_attention_only_(small())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == moving
+    fused = nn.Sequential(FusedParallel(8, 2, 12))
+    with pytest.raises(ValueError, match="Sequential has no MultiHeadAttention to tune"):
+        tune_attention_only_(fused)
+    assert all(p.requires_grad for p in fused.parameters())
 
 
 @seeds
@@ -813,6 +846,9 @@ def test_locality_without_its_mask_is_attention():
     for n, m in ((3, 4), (1, 1)):
         with pytest.raises(ValueError, match=f"each of {n} queries needs another among {m} keys"):
             attend(draw(0, 1, 2, n, 4), draw(0, 1, 2, m, 4), draw(0, 1, 2, m, 4))
+    for heads in (1, 3):
+        with pytest.raises(ValueError, match=f"temperatures for {heads} heads, but q has 2"):
+            LocalityAttend(heads, 4)(q, k, v)
 
 
 def test_shifted_vit_is_put_together_as_the_paper_says():

@@ -34,10 +34,12 @@ from tfkit.zoo.transformer import (
 
 # %% notebooks/20_vision_transformer.ipynb
 def _check_images(images: Tensor, channels: int, patch: int) -> None:
+    if images.dim() != 4:
+        raise ValueError(f"images are (b, c, H, W), not {tuple(images.shape)}")
     c, H, W = images.shape[1:]
     if c != channels:
         raise ValueError(f"images should have {channels} channels, got {c}")
-    if H % patch or W % patch:
+    if patch < 1 or H % patch or W % patch:
         raise ValueError(f"patches of {patch} pixels do not tile {H} by {W} pixels")
 
 
@@ -89,7 +91,8 @@ class LearnedGrid(nn.Module):
     """Adds one learned vector per place to a map (b, H, W, d).
 
     On another grid than height x width the table is resized by `resize`, a function
-    (table, height, width) -> table. Source: "An Image is Worth 16x16 Words", 2020.
+    (table, height, width) -> table. Raises ValueError for another width than dim.
+    Source: "An Image is Worth 16x16 Words", 2020.
     """
 
     def __init__(self, height: int, width: int, dim: int, resize=resize_grid):
@@ -98,7 +101,9 @@ class LearnedGrid(nn.Module):
         self.resize = resize
 
     def forward(self, x: Float[Tensor, "b H W d"]) -> Float[Tensor, "b H W d"]:
-        height, width = x.shape[1:3]
+        height, width, d = x.shape[1:]
+        if d != self.table.shape[2]:
+            raise ValueError(f"positions are {self.table.shape[2]} wide, the map {d}")
         if (height, width) == self.table.shape[:2]:
             return x + self.table
         return x + self.resize(self.table, height, width)
@@ -124,12 +129,15 @@ class SinusoidalGrid(nn.Module):
 class ConditionalGrid(nn.Module):
     """x + depthwise convolution of a map (b, H, W, d): places are told by neighbors.
 
-    Zeros beyond the border say where the border is. Works at any size.
+    Zeros beyond the border say where the border is. Works at any size. Raises
+    ValueError for an even kernel, which has no center.
     Source: "Conditional Positional Encodings for Vision Transformers", 2021.
     """
 
     def __init__(self, dim: int, kernel: int = 3):
         super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"a kernel of {kernel} has no center; choose an odd one")
         self.look = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
     def forward(self, x: Float[Tensor, "b H W d"]) -> Float[Tensor, "b H W d"]:
@@ -311,7 +319,7 @@ def class_token(width: int) -> nn.Module:
 
 def grid_of(size: int, patch: int) -> int:
     """How many patches lie along a side. Raises ValueError when they do not tile it."""
-    if size % patch:
+    if patch < 1 or size < 1 or size % patch:
         raise ValueError(f"patches of {patch} pixels do not tile {size} pixels")
     return size // patch
 
@@ -406,7 +414,8 @@ def recut(model: ImageModel, depths: Sequence[int]) -> ImageModel:
     Raises ValueError unless the model has one stage with sum(depths) blocks.
     """
     first = model.stages[0]
-    if len(model.stages) != 1 or sum(depths) != len(first.blocks):
+    one = len(model.stages) == 1 and min(depths, default=-1) >= 0
+    if not one or sum(depths) != len(first.blocks):
         count = [len(stage.blocks) for stage in model.stages]
         raise ValueError(f"stages of {list(depths)} blocks from stages of {count}")
     blocks, kind = iter(first.blocks), type(first)
@@ -571,12 +580,16 @@ def fit_saturating_law(
 ) -> SaturatingLaw:
     """The `SaturatingLaw` with the least squared relative error, c and d not negative.
 
-    Raises ValueError for fewer than five points or values that are not positive.
+    Raises ValueError for fewer than five points or different values of compute, for an
+    error that is missing, and for values that are not positive and finite.
     Source: "Scaling Vision Transformers", 2021.
     """
-    if len(compute) < 5 or min(compute.min(), error.min()) <= 0:
-        raise ValueError(f"five points or more, all positive; got {len(compute)} with "
-                         f"{min(compute.min(), error.min()):g} as the least value")
+    if compute.shape != error.shape or len(compute.unique()) < 5:
+        raise ValueError(f"five points or more, an error for each; got {len(compute)} "
+                         f"({len(compute.unique())} different) and {len(error)} errors")
+    for values in (compute, error):
+        if not (0 < values.min() and values.max() < math.inf):
+            raise ValueError(f"values must be positive and finite: {values.tolist()}")
     unit = compute.min().double()
     x, y = compute.double() / unit, error.double()
     b = torch.linspace(0.02, 3, 60, dtype=x.dtype)
@@ -626,10 +639,13 @@ def rsqrt_schedule(step: int, steps: int, warmup: int, cooldown: int) -> float:
     """Learning-rate factor: up to 1 in `warmup` steps, then sqrt(warmup / (step + 1)).
 
     Over the last `cooldown` of `steps` it goes linearly to 0; before, it does not
-    depend on `steps`. Source: "Scaling Vision Transformers", 2021.
+    depend on `steps`, and after the end it stays 0. Raises ValueError for a warmup or a
+    cooldown below one step. Source: "Scaling Vision Transformers", 2021.
     """
+    if min(warmup, cooldown) < 1:
+        raise ValueError(f"warmup {warmup} and cooldown {cooldown} need a step or more")
     factor = min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
-    return factor * min(1.0, (steps - step) / cooldown)
+    return factor * min(1.0, max(steps - step, 0) / cooldown)
 
 # %% notebooks/20_vision_transformer.ipynb
 def vit_gigantic(size: int = 224, patch: int = 14, classes: int = 1000) -> ImageModel:
@@ -687,12 +703,15 @@ class ParallelBlock(nn.Module):
 def tune_attention_only_(model: nn.Module) -> nn.Module:
     """Freeze all but the weights of every `MultiHeadAttention`; returns the model.
 
+    Raises ValueError when the model has none, such as one of `FusedParallel` blocks.
     Source: "Three things everyone should know about Vision Transformers", 2022.
     """
+    layers = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MultiHeadAttention to tune")
     model.requires_grad_(False)
-    for layer in model.modules():
-        if isinstance(layer, MultiHeadAttention):
-            layer.requires_grad_(True)
+    for layer in layers:
+        layer.requires_grad_(True)
     return model
 
 # %% notebooks/20_vision_transformer.ipynb
@@ -825,7 +844,8 @@ class LocalityAttend(nn.Module):
     """An attend module that never looks at its own place; a temperature for each head.
 
     softmax((q k^T, diagonal -inf) / tau_h) v, tau sqrt(e) at the start. Raises
-    ValueError unless there are as many queries as keys, two or more.
+    ValueError unless there are as many queries as keys, two or more, and for another
+    number of heads.
     Source: "Vision Transformer for Small-Size Datasets", 2021.
     """
 
@@ -839,6 +859,8 @@ class LocalityAttend(nn.Module):
         n, m = q.shape[-2], k.shape[-2]
         if n != m or n < 2:
             raise ValueError(f"each of {n} queries needs another among {m} keys")
+        if q.shape[-3] != (heads := len(self.temperature)):
+            raise ValueError(f"temperatures for {heads} heads, but q has {q.shape[-3]}")
         others = ~torch.eye(n, dtype=torch.bool, device=q.device)
         mask = others if mask is None else mask & others
         return attention(q / self.temperature[:, None, None], k, v, mask, scale=1.0)
