@@ -426,9 +426,8 @@ def test_a_mask_that_could_mean_two_things_is_refused(shape):
     for layer in (MultiHeadAttention(12, 3), CrossAttention(12, 3)):
         x = torch.randn(3, 6, 12)
         inputs = (x,) if isinstance(layer, MultiHeadAttention) else (x, x)
-        for bad in (shape, (6, 6)):
-            with pytest.raises(ValueError):
-                layer(*inputs, mask=torch.ones(bad, dtype=torch.bool))
+        with pytest.raises(ValueError):
+            layer(*inputs, mask=torch.ones(shape, dtype=torch.bool))
         layer(*inputs, mask=torch.ones(3, 1, 1, 6, dtype=torch.bool))
 
 

@@ -168,12 +168,11 @@ def check_tokens(x: Tensor, name: str = "tokens") -> None:
 
 # %% notebooks/01_attention.ipynb
 def check_layer_mask(mask: Tensor | None) -> None:
-    """ValueError unless a mask for a layer has all four axes of the scores."""
-    if mask is not None and mask.ndim != 4:
+    """ValueError unless a mask for a layer has all four axes of the scores, or two."""
+    if mask is not None and mask.ndim not in (2, 4):
         raise ValueError(
-            f"a layer takes masks (b or 1, h or 1, n or 1, m); got "
-            f"{tuple(mask.shape)}. padding_mask(real) makes one of real tokens "
-            f"(b, m), mask[None, None] one of (n, m)"
+            f"a layer takes masks (n or 1, m), or (b or 1, h or 1, n or 1, m); got "
+            f"{tuple(mask.shape)}. padding_mask(real) makes one of real tokens (b, m)"
         )
 
 # %% notebooks/01_attention.ipynb
