@@ -46,7 +46,7 @@ def test_rows_stand_in_their_places_and_nothing_else_changes(copy):
     added = next(row for row in rows(copy, "chapters.csv") if row["chapter"] == "18_squared_attention")
     assert added["title"] == "Squared attention" and added["part"] == "Long sequences"
     nbformat.validate(nbformat.read(written[0], as_version=4))
-    whole = written[0].read_text() + written[1].read_text()
+    whole = written[0].read_text(encoding="utf-8") + written[1].read_text(encoding="utf-8")
     assert not re.search(r"__(NAME|TITLE|NUMBER|ROW|YEAR)__", whole)
 
 

@@ -61,7 +61,7 @@ def lucky(tmp_path):
 
 
 def test_a_lucky_seed_is_counted(lucky):
-    stored = lucky.read_text()
+    stored = lucky.read_text(encoding="utf-8")
     claims, stopped = reseeding.reseed(lucky, seeds=3)
     assert [(claim.claim, claim.held, claim.seeds) for claim in claims] == [
         ("one is one", 3, 3),
@@ -70,7 +70,7 @@ def test_a_lucky_seed_is_counted(lucky):
     ]
     assert str(claims[1]) == "11_linear_attention linformer measures: a seed is small (below 1500): 1 of 3 seeds"
     assert len(stopped) == 1 and "moved by 3000: cell 1: AssertionError" in stopped[0]
-    assert lucky.read_text() == stored
+    assert lucky.read_text(encoding="utf-8") == stored
 
     root = lucky.parents[1]
     reseeding.record([reseeding.Claim("01_attention", "transformer", "holds", "a, b", 2, 2)], root)

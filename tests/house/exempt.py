@@ -14,7 +14,7 @@ EXEMPT = {
         budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "03_positions": """
-        budget exercise_kinds expectations median_cell schematic walls words_per_line
+        short_cells budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "04_length_extrapolation": """
         budget exercise_kinds expectations median_cell schematic words_per_line
@@ -35,7 +35,7 @@ EXEMPT = {
         budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
     """,
     "10_sparse_attention": """
-        budget exercise_kinds expectations median_cell schematic walls words_per_line
+        short_cells budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "11_linear_attention": """
         budget exercise_kinds expectations median_cell schematic walls words_per_line
@@ -53,7 +53,7 @@ EXEMPT = {
         budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "16_sequence_compression": """
-        budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
+        short_cells budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
     """,
     "17_long_range_arena": """
         budget exercise_kinds expectations median_cell schematic walls words_per_line
@@ -78,6 +78,9 @@ EXEMPT = {
     """,
     "90_lab": """
         budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
+    """,
+    "20_vision_transformer": """
+        budget
     """,
     "98_data": """
         exercise_kinds

@@ -522,7 +522,7 @@ def test_history_is_one_line_and_a_picture():
     history = T.History(loss=[2.0 / (i + 1) for i in range(3000)], validation={10: 0.5, 30: 0.25}, seconds=1.25)
     assert repr(history) == "History: 3000 steps, \u27e8loss 2 to 0.000669, validation 0.25, 1.2 s\u27e9"
     data, metadata = history._repr_mimebundle_()
-    assert data["text/plain"] == repr(history) and "Training loss and validation values" in str((data, metadata))
+    assert data["text/plain"] == repr(history) and "loss (nats) against step" in str(metadata)
     assert not plt.get_fignums()
     assert T.History()._repr_mimebundle_() == {"text/plain": "History: 0 steps, \u27e80.0 s\u27e9"}
     assert "interrupted" in repr(T.History(loss=[1.0], interrupted=True))

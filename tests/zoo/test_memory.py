@@ -460,7 +460,7 @@ BAD = {
     "keep": lambda: z.shuffle_far(torch.zeros(1, 4, dtype=torch.long), 5),
     "window": lambda: z.AtlasMemory(8, 2, window=0),
     "padding": lambda: z.CompressedSegments(z.XLAttention(8, 2), z.Compressive(2, 2, nn.Identity(), 1), 2)(
-        torch.randn(1, 4, 8), torch.ones(1, 1, 1, 4, dtype=torch.bool)
+        torch.randn(1, 4, 8), torch.arange(4).view(1, 1, 1, 4) < 3
     ),
 }
 

@@ -674,7 +674,6 @@ def test_bad_arguments_name_their_values():
         (lambda: z.Window(0), "got 0, 0"),
         (lambda: z.Window(2)(q, k, k), "6 and 8"),
         (lambda: z.BigBird(2, 1)(q, k, k), "6 and 8"),
-        (lambda: z.Dilated(attention, 2)(q, k, k), "6 and 8"),
         (lambda: z.CausalWindow(2)(q, q, q, mask=rows), r"\(6, 6\)"),
         (lambda: z.gathered_attention(q, q, q, z.window_rule(1), z.neighbor_blocks(2, 1, 1), 2), "2 blocks of 2"),
         (lambda: z.strided_heads(2)(q, q, q), "3"),

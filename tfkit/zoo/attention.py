@@ -22,7 +22,7 @@ from ..past import recall, why_not, with_past
 def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     """ValueError unless a mask is boolean and fits the scores of q and k, (*b, n, m).
 
-    It is (n, m), or has as many axes as the scores, each of full size or of size 1.
+    Its axes fit those of the scores from the right, each of full size or of size 1.
     """
     if mask is None:
         return
@@ -30,11 +30,12 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"a mask is boolean, True where attention is allowed; got "
                          f"{mask.dtype}. Numbers go into bias=")
     scores, shape = (*q.shape[:-1], k.shape[-2]), tuple(mask.shape)
-    each = [a in (1, full) for a, full in zip(shape, scores)]
-    if shape != scores[-2:] and (len(shape) != len(scores) or not all(each)):
+    each = [a in (1, full) for a, full in zip(shape[::-1], scores[::-1])]
+    fits = 2 <= len(shape) <= len(scores) and shape[-1] == scores[-1]
+    if not fits or not all(each):
         raise ValueError(
-            f"the scores are {scores}, so a mask is {scores[-2:]} or has as many axes, "
-            f"each of that size or 1; got {shape}"
+            f"the scores are {scores}, so a mask is {scores[-2:]} or has more axes of "
+            f"theirs, each of that size or 1; got {shape}"
         )
 
 # %% notebooks/01_attention.ipynb
@@ -48,7 +49,8 @@ def attention_weights(
     Rows sum to one. mask, (n, m) or (*b, n, m) with any axis 1, is True where allowed;
     a query with no allowed key gets zeros. scale defaults to 1 / sqrt(e). This is the
     written-out form that stores all n x m weights; `attention` does not. Raises
-    ValueError for a mask of another type or shape. Source: "Attention Is All You Need", 2017.
+    ValueError for a mask of another type or shape.
+    Source: "Attention Is All You Need", 2017.
     """
     check_mask(mask, q, k)
     # (..., n, m)

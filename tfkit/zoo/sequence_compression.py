@@ -763,7 +763,8 @@ def patch_mixer(width: int, heads: int, size: int, window: int = 16) -> PatchMix
     Source: "Byte Latent Transformer: Patches Scale Better Than Tokens", 2024.
     """
     make = partial(MultiHeadAttention, width, heads)
-    return PatchMixer(make(attend=CausalWindow(window)), make(attend=causal_attention), size)
+    near = make(attend=CausalWindow(window))
+    return PatchMixer(near, make(attend=causal_attention), size)
 
 # %% notebooks/16_sequence_compression.ipynb
 class VIPMixer(nn.Module):
