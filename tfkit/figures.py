@@ -106,7 +106,8 @@ def contents(fig) -> str:
         if marks:
             parts.append(": ".join([" and ".join(marks), *filter(None, [ax.get_title(), *axes, *named])]))
     more = f" And {len(parts) - 4} more like these." if len(parts) > 4 else ""
-    return ("Picture. " + ". ".join(parts[:4] or ["It is described below"]) + "." + more).replace("\n", " ")
+    said = ("Picture. " + ". ".join(parts[:4] or ["It is described below"]) + "." + more).replace("\n", " ")
+    return said if len(said.split()) > 3 else f"{said} The caption below says what they show."
 
 
 def bundle(fig, alt: str, colors: int = 256) -> tuple[dict, dict]:

@@ -41,7 +41,7 @@ EXEMPT = {
         budget exercise_kinds expectations median_cell schematic walls words_per_line
     """,
     "12_spectral_mixing": """
-        budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
+        short_cells budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
     """,
     "13_hierarchical_attention": """
         budget exercise_kinds expectations median_cell names_once schematic walls words_per_line
