@@ -173,14 +173,15 @@ def test_in_jupyter_picture_and_caption_carry_the_description(notebook):
     (picture, options), (words, _) = notebook
     assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
     assert picture["text/plain"] == f"Figure: {ALT}"
-    assert options["metadata"] == {"image/png": {"alt": "Picture. Lines."}}
+    said = "Picture. Lines. The caption below says what they show."
+    assert options["metadata"] == {"image/png": {"alt": said}}
     assert words["text/markdown"] == f"*{ALT}*" and words["text/plain"] == ALT
     assert all(o["raw"] for _, o in notebook)
 
     again = "a falling straight line"
     assert P.place(line(), again, handles) is handles and len(notebook) == 2
     (data, options), (words, _) = handles[0].updates[0], handles[1].updates[0]
-    assert options["metadata"]["image/png"]["alt"] == "Picture. Lines." and again in words["text/markdown"]
+    assert options["metadata"]["image/png"]["alt"] == said and again in words["text/markdown"]
     assert "image/png" in data
     assert P.show(line(), alt=ALT) is None and len(notebook) == 4  # nothing that a cell's last line would print
 
