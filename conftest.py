@@ -1,9 +1,14 @@
 """Settings for every test and notebook under pytest. It stands here because `pytest notebooks` does not read tests/."""
 
+import atexit
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +16,13 @@ import pytest
 # Set before anything imports torch or matplotlib. Test workers and notebook kernels inherit all of it.
 os.environ["TFKIT_STATIC"] = "1"  # widgets draw their default picture, training shows no progress bar
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["PYTHONUTF8"] = "1"  # whatever the locale
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Pictures depend neither on the user's settings of matplotlib nor on her list of fonts, which may be out of date.
+    # The list is made here once: a notebook that had to make it would say so on stderr.
+    os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="tfkit-matplotlib-")
+    atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
+    subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], stderr=subprocess.DEVNULL)
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # as many workers as cores, one thread each; `make test-portable` asks for two
 if not os.path.exists("/proc/driver/nvidia"):

@@ -109,20 +109,27 @@ def small(folder: Path, name="01_attention", source="$x^2$ and [next](01_attenti
     return folder
 
 
-def test_a_small_book(tmp_path):
+@pytest.fixture
+def no_reference(monkeypatch):
+    """A book without its reference is built in a second."""
+    monkeypatch.setattr(book.reference, "pages", lambda known: {"reference/index": "# Reference\n"})
+
+
+def test_a_small_book(tmp_path, no_reference):
     picture = new_output("display_data", {"image/png": PIXEL}, metadata={"image/png": {"alt": 'a "dot"'}})
     table = new_output("display_data", {"text/html": '<a href="01_attention.ipynb#One:-two">there</a>'})
     (tmp_path / "notebooks").mkdir()
     folder = book.build(tmp_path / "site", small(tmp_path / "notebooks", outputs=[picture, table]))
     text = (folder / "01_attention.html").read_text(encoding="utf-8")
     assert 'alt="a &quot;dot&quot;"' in text and "#| export" not in text and "\\(x^2\\)" in text
+    assert re.search(r'toc-tree.*href="#one-two"', text, re.S), "the headings of the page stand beside it"
     assert 'href="01_attention.html#one-two"' in text and 'id="one-two"' in text
     assert (folder / "_static" / "mathjax" / "tex-svg.js").exists() and "hide" in text
     book.build(folder, small(tmp_path / "notebooks"))  # a second time over the first
     assert "a &quot;dot" not in (folder / "01_attention.html").read_text(encoding="utf-8")
 
 
-def test_a_dead_link_is_an_error_and_keeps_the_old_book(tmp_path):
+def test_a_dead_link_is_an_error_and_keeps_the_old_book(tmp_path, no_reference):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("old")
     (tmp_path / "notebooks").mkdir()

@@ -21,13 +21,14 @@ from tfkit.papers import chapters
 STATIC = Path(__file__).resolve().parent / "static"
 CONF = """
 project = html_title = "tfkit"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "tfkit.authoring.book"]
 exclude_patterns = ["downloads"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_heading_anchors = 3
+toc_object_entries = False
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
 html_theme = "furo"
 html_static_path = ["_static"]
@@ -156,3 +157,42 @@ def linked(text: str) -> str:
 
     text = re.sub(r"(href=\")(\d\d_\w+)\.ipynb#([^\"]*)(\")", page_link, text)
     return re.sub(r"(href=\"\d\d_\w+)\.ipynb(\")", r"\1.html\2", text)
+
+
+def setup(app) -> dict:
+    """What Sphinx calls: keeps the cost of a page the same however many pages and names the book has.
+
+    The sidebar of every page lists all pages. Sphinx copies all their headings for it and then drops them, so only the
+    titles are left to copy; the headings of a page, at its right, are set from what was put aside. Types in signatures
+    stay words: each would be looked for among all names of the reference.
+    """
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref, toctree
+
+    headings = {}
+
+    def types_are_words(app, doctree):
+        for node in [node for node in doctree.findall(pending_xref) if node.get("refdomain") == "py"]:
+            node.replace_self(node.children)
+
+    def only_titles(app, env):
+        for name, toc in env.tocs.items():
+            if toc.children and not list(toc.findall(toctree)):
+                headings[name] = toc
+                title = toc[0].copy()
+                title += toc[0][0].deepcopy()
+                env.tocs[name] = toc.copy()
+                env.tocs[name] += title
+
+    def set_headings(app, name, template, context, doctree):
+        if name in headings:
+            toc = headings[name].deepcopy()
+            for link in toc.findall(nodes.reference):
+                link["refuri"] = link["anchorname"] or "#"
+            context["toc"] = app.builder.render_partial(toc)["fragment"]
+            context["furo_hide_toc"] = len(list(toc.findall(nodes.reference))) < 2
+
+    app.connect("doctree-read", types_are_words)
+    app.connect("env-updated", only_titles)
+    app.connect("html-page-context", set_headings, priority=900)  # after the theme's
+    return {"parallel_read_safe": True}
