@@ -111,10 +111,18 @@ def test_nearly_all_parts_work_on_digits():
     assert len(refused) <= len(EVERY) / 10, refused
 
 
-def test_discovery_takes_a_few_seconds_at_most():
-    started = time.perf_counter()
-    lab.catalogue.__wrapped__()
-    assert time.perf_counter() - started < 0.15 * len(EVERY), "see which part is slow to build, and build it smaller"
+def test_discovery_costs_no_more_than_a_small_encoder_for_each_part():
+    """Both in processor time, so that neither the processor nor its load decides."""
+
+    def cost(run) -> float:
+        started = time.process_time()
+        run()
+        return time.process_time() - started
+
+    build = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, batch_first=True), 4)(torch.ones(4, 64, 256))
+    unit = min(cost(build) for _ in range(5))
+    found = cost(lab.catalogue.__wrapped__)
+    assert found < unit * len(EVERY), f"{found / unit / len(EVERY):.1f} encoders a part: build the slow one smaller"
 
 
 def test_a_new_chapter_appears_and_a_broken_one_does_no_harm(monkeypatch):
@@ -444,9 +452,8 @@ def test_there_is_always_something_to_look_at(mixer, what):
 def test_a_run_starts_reports_and_finishes():
     reports = []
     run = Run(DIGITS, steps=40, report=lambda run: reports.append((run.state, len(run.losses))), pause=0.02)
-    started = time.perf_counter()
-    run.start()
-    assert time.perf_counter() - started < 0.5 and run.state == "training"
+    run.start()  # returns at once: 40 steps with a pause between them take longer
+    assert run.state == "training" and len(run.losses) < 40
     run.wait(60)
     assert run.state == "finished" and len(run.losses) == 40 and run.seconds > 0
     assert run.losses[-1] < run.losses[0] and run.scores[40] > run.scores[2]
@@ -459,9 +466,7 @@ def test_a_run_stops_when_asked():
     end = time.monotonic() + 30
     while len(run.losses) < 3 and time.monotonic() < end:
         time.sleep(0.01)
-    started = time.perf_counter()
     run.stop()
-    assert time.perf_counter() - started < 0.1
     run.wait(30)
     assert run.state == "stopped" and 3 <= len(run.losses) < 100_000
     assert run.message == ""
