@@ -1,6 +1,7 @@
 """Chapter 01: attention, its masks, its heads, and the three papers, on random shapes and seeds."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tfkit.zoo.attention import (
     merge_heads,
     padding_mask,
     split_heads,
+    watch,
 )
 
 SEEDS = range(3)
@@ -431,7 +433,9 @@ def test_a_mask_that_could_mean_two_things_is_refused(shape):
         layer(*inputs, mask=torch.ones(3, 1, 1, 6, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("heads, head_width, number", [(0, None, "0"), (-4, None, "-4"), (0, 8, "0"), (2, 0, "0"), (5, None, "5")])
+@pytest.mark.parametrize(
+    "heads, head_width, number", [(0, None, "0"), (-4, None, "-4"), (0, 8, "0"), (2, 0, "0"), (5, None, "5")]
+)
 def test_heads_that_cannot_be_are_refused(heads, head_width, number):
     for layer in (MultiHeadAttention, CrossAttention):
         with pytest.raises(ValueError, match=number):
@@ -446,3 +450,97 @@ def test_a_bias_goes_through_the_layer():
     mask = torch.rand(2, 1, 1, 5) > 0.3
     expected = layer.to_out(((attention_weights(q, k, mask, bias)) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x, mask, bias), expected)
+
+
+# --------------------------------------------------------------------------------------- shared heads, and watching
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_heads_that_share_keys_are_those_of_copied_keys(seed):
+    pick = numbers(seed)
+    b, g, times, n, e = pick(1, 3), pick(1, 3), pick(2, 3), pick(2, 8), pick(1, 6)
+    q = torch.randn(b, g * times, n, e, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, b, g, n + 2, e, dtype=torch.float64, requires_grad=True).unbind(0)
+    copies = lambda t: t.repeat_interleave(times, 1)
+    mask, bias = torch.rand(b, 1, n, n + 2) > 0.3, torch.randn(g * times, n, n + 2, dtype=torch.float64)
+    for attend in (attention, causal_attention):
+        for given in ({}, {"mask": mask}, {"bias": bias}, {"mask": mask, "bias": bias, "scale": 0.3}):
+            shared = partial(attend, **given)
+            assert contracts.reduces_to(
+                shared, lambda q, k, v, shared=shared: shared(q, copies(k), copies(v)), q, k, v, atol=1e-10
+            )
+    square = causal_attention(q, k[:, :, :n], v[:, :, :n])
+    torch.testing.assert_close(square, by_hand(q, copies(k[:, :, :n]), copies(v[:, :, :n]), causal_mask(n)))
+    with pytest.raises(ValueError, match=f"{g * times} query heads cannot share {g * times + 1} evenly"):
+        attention(q, torch.randn(b, g * times + 1, n, e), torch.randn(b, g * times + 1, n, e))
+
+
+def test_causal_attention_with_shared_heads_makes_no_table():
+    n, e = 1024, 16
+    q, (k, v) = torch.randn(1, 4, n, e), torch.randn(2, 1, 2, n, e).unbind(0)
+    assert measure.peak_bytes(causal_attention, q, k, v) < n * n
+
+
+def test_a_watched_layer_shows_what_it_reads_and_does_the_same():
+    model = nn.Sequential(MultiHeadAttention(12, 3), nn.ReLU(), MultiHeadAttention(12, 3, attend=causal_attention))
+    x, mask = torch.randn(2, 5, 12), torch.rand(2, 1, 1, 5) > 0.2
+    plain = model(x)
+    with watch(model) as seen:
+        assert torch.equal(model(x), plain)
+    assert list(seen) == ["0", "2"] and torch.equal(model(x), plain) and model[0].watched is None
+    between = model[1](model[0](x))
+    for name, layer, tokens in (("0", model[0], x), ("2", model[2], between)):
+        for shown, own in zip((seen[name].q, seen[name].k, seen[name].v), layer.project(tokens), strict=True):
+            assert torch.equal(shown, own)
+        torch.testing.assert_close(seen[name].pattern, layer.maps(tokens))
+    with watch(model[0]) as seen:
+        model[0](x, mask, bias=torch.ones(5, 5).tril())
+    torch.testing.assert_close(
+        seen[""].pattern, attention_weights(seen[""].q, seen[""].k, mask, torch.ones(5, 5).tril())
+    )
+    torch.testing.assert_close(seen[""].pattern, model[0].maps(x, mask, bias=torch.ones(5, 5).tril()))
+
+
+@pytest.mark.parametrize("what", ["q", "k", "v", "pattern"])
+def test_what_is_changed_in_a_watched_layer_is_what_it_uses(what):
+    layer, x, other = MultiHeadAttention(12, 3), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    parts = dict(zip("qkv", layer.project(x), strict=True))
+    new = layer.maps(other) if what == "pattern" else dict(zip("qkv", layer.project(other), strict=True))[what]
+    with watch(layer, lambda name, seen: setattr(seen, what, new)) as shown:
+        changed = layer(x)
+    assert torch.equal(getattr(shown[""], what), new)
+    weights = new if what == "pattern" else attention_weights(*({**parts, what: new}[name] for name in "qk"))
+    found = weights @ (new if what == "v" else parts["v"])
+    torch.testing.assert_close(changed, layer.to_out(merge_heads(found)))
+
+
+def test_watching_nests_ends_after_an_error_and_sees_cross_attention():
+    layer, x, context = CrossAttention(12, 3), torch.randn(2, 4, 12), torch.randn(2, 6, 12)
+    calls = []
+    with watch(layer, lambda name, seen: calls.append("outer")):
+        with watch(layer, lambda name, seen: calls.append("inner")) as seen:
+            layer(x, context)
+        layer(x, context)
+    assert calls == ["inner", "outer"] and layer.watched is None
+    torch.testing.assert_close(seen[""].pattern, layer.maps(x, context))
+    with pytest.raises(RuntimeError), watch(layer):
+        layer(x, torch.randn(2, 6, 5))
+    assert layer.watched is None
+    with pytest.raises(ValueError, match="Linear has no attention layer"), watch(nn.Linear(2, 2)):
+        pass
+
+
+def test_a_pattern_is_shared_by_heads_that_share_their_values():
+    def double(name, seen):
+        seen.k, seen.v = seen.k[:, ::2], seen.v[:, ::2]
+
+    layer, x = MultiHeadAttention(16, 4), torch.randn(2, 5, 16)
+    with watch(layer, double):
+        expected = layer(x)
+
+    def own(name, seen):
+        double(name, seen)
+        seen.pattern = seen.pattern
+
+    with watch(layer, own):
+        torch.testing.assert_close(layer(x), expected)
