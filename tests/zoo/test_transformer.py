@@ -17,7 +17,10 @@ from tfkit.zoo.attention import (
     causal_attention,
     causal_mask,
     padding_mask,
+    watch,
 )
+from tfkit.zoo.attention_variants import GroupedQueryAttention
+from tfkit.zoo.positions import Alibi, Rotary
 from tfkit.zoo.transformer import (
     Block,
     CharacterFrontEnd,
@@ -37,6 +40,7 @@ from tfkit.zoo.transformer import (
     PreNorm,
     Recurrence,
     SinusoidalPositions,
+    SoftPrefix,
     Stack,
     StaticExpansion,
     SummedEncoders,
@@ -49,10 +53,12 @@ from tfkit.zoo.transformer import (
     greedy,
     in_float32,
     language_model,
+    likeliest,
     multi_encoder,
     next_token_probabilities,
     packed,
     parallel_convolutions,
+    prefixed,
     remember,
     sampler,
     segment_max,
@@ -425,7 +431,9 @@ def test_packed_and_padded_texts_are_alone(positions):
         found = model(ids, mask=mask, places=places)
         for row, (a, b) in ((0, (0, 3)), (0, (3, 9)), (1, (0, 5)), (1, (5, 9))):
             torch.testing.assert_close(found[row : row + 1, a:b], model(ids[row : row + 1, a:b]), atol=1e-5, rtol=0)
-        assert contracts.padding_invariant(lambda x, real: model(x, real=real), ids, torch.arange(9) < torch.tensor([[6], [9]]))
+        assert contracts.padding_invariant(
+            lambda x, real: model(x, real=real), ids, torch.arange(9) < torch.tensor([[6], [9]])
+        )
 
 
 def test_the_mean_of_cross_attention_maps_is_what_it_reads():
@@ -610,6 +618,88 @@ def test_a_sampler_draws_with_the_right_frequencies_and_repeats_with_its_seed():
     draw = sampler(seed=3)
     assert not torch.equal(draw(logits), draw(logits)), "a sampler goes on from draw to draw"
     assert torch.equal(sampler(top_k=1)(logits), greedy(logits))
+
+
+@pytest.mark.parametrize("top_k", [None, 1500, 40])
+@pytest.mark.parametrize("spread", [0.01, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_of_a_large_vocabulary_the_same_tokens_are_kept_as_by_a_full_sort(top_k, spread, top_p):
+    """A flat row needs more than the first thousand, a peaked one does not; both stand in one batch."""
+    logits = torch.stack([spread * torch.randn(3000), 3 * torch.randn(3000)]).double()
+    found = next_token_probabilities(logits, 0.8, top_k, top_p)
+    for row, given in zip(found, logits, strict=True):
+        order = given.argsort(descending=True)[: top_k or 3000]
+        p = (given / 0.8).softmax(-1)
+        kept = order[(p[order].cumsum(-1) - p[order]) < top_p]
+        expected = torch.zeros_like(p)
+        expected[kept] = p[kept] / p[kept].sum()
+        torch.testing.assert_close(row, expected)
+    p, ids = likeliest(logits, 0.8, top_k, top_p)
+    assert (p.diff() <= 0).all() and p.shape == ids.shape and p.shape[-1] <= (top_k or 3000)
+    assert torch.equal(logits.gather(1, ids), logits.sort(descending=True).values[:, : p.shape[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------- prefixes
+
+
+def of_prompt(model, length: int, prompt) -> nn.Module:
+    """The model with prefixes that hold the keys and values of a prompt."""
+    with torch.no_grad(), watch(model) as seen:
+        model(prompt)
+    soft = prefixed(model, length)
+    for name, layer in seen.items():
+        attend = soft.get_submodule(name).attend
+        attend.k.data, attend.v.data = layer.k[0], layer.v[0]
+    return soft
+
+
+ATTENDS = {
+    "plain": (causal_attention, {}),
+    "rotary": (Rotary(8, causal_attention), {"positions": NoPositions()}),
+    "relative bias": (Alibi(2, causal_attention), {"positions": NoPositions()}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDS)
+def test_a_prefix_made_of_a_prompt_is_the_prompt(name):
+    attend, more = ATTENDS[name]
+    model = shaken(language_model(20, 16, 2, heads=2, attend=attend, **more)).double().eval()
+    prompt, ids = torch.randint(20, (1, 5)), torch.randint(20, (3, 7))
+    soft = of_prompt(model, 5, prompt)
+    expected = model(torch.cat([prompt.expand(3, -1), ids], 1))[:, 5:]
+    torch.testing.assert_close(soft(ids, 5), expected)
+    with remember(soft) as past:
+        pieces = [soft(ids[:, :2], 5), soft(ids[:, 2:3], 7), soft(ids[:, 3:], 8)]
+        past.select(torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected)
+
+
+def test_a_prefix_passes_masks_and_biases_on():
+    soft = SoftPrefix(2, 4, 3, attention).double()
+    q, k, v = torch.randn(3, 2, 2, 5, 4).double().unbind(0)
+    whole = lambda own, x: torch.cat([own.expand(2, -1, -1, -1), x], 2)
+    mask, bias = torch.rand(2, 1, 5, 5) > 0.4, torch.randn(2, 5, 5).double()
+    seen = torch.cat([torch.ones(2, 1, 5, 3, dtype=torch.bool), mask], -1)
+    expected = attention(q, whole(soft.k, k), whole(soft.v, v), seen, torch.cat([torch.zeros(2, 5, 3), bias], -1))
+    torch.testing.assert_close(soft(q, k, v, mask=mask, bias=bias), expected)
+    torch.testing.assert_close(soft(q, k, v, mask=mask[:, :, 0][:, :, None], bias=None), attention(
+        q, whole(soft.k, k), whole(soft.v, v), seen[:, :, :1]))  # fmt: skip
+
+
+def test_prefixes_alone_are_trained_and_the_model_stays_as_it_was():
+    model, ids = language_model(20, 16, 2, heads=2), torch.randint(20, (2, 6))
+    before, soft = model(ids), prefixed(model, 4)
+    assert measure.parameters(soft) == 2 * 2 * 4 * 16 and measure.parameters(model) > 5000
+    soft(ids).sum().backward()
+    learned = {name for name, p in soft.named_parameters() if p.grad is not None}
+    assert learned == {f"stack.blocks.{i}.mix.part.attend.{part}" for i in (0, 1) for part in "kv"}
+    assert torch.equal(model(ids), before) and not torch.allclose(soft(ids), before)
+    grouped = prefixed(GroupedQueryAttention(16, 4, 2, attend=causal_attention), 3)
+    assert grouped(torch.randn(2, 5, 16)).shape == (2, 5, 16) and grouped.attend.k.shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="got 0"):
+        prefixed(model, 0)
+    with pytest.raises(ValueError, match="Linear has no attention layer"):
+        prefixed(nn.Linear(2, 2), 3)
 
 
 # ------------------------------------------------------------------------------------------------------- translators

@@ -5,12 +5,12 @@
 # %% notebooks/02_transformer.ipynb
 __all__ = ['examples', 'exceptions', 'sinusoidal_positions', 'SinusoidalPositions', 'LearnedPositions', 'NoPositions',
            'TokenEmbedding', 'FeedForward', 'PreNorm', 'PostNorm', 'DropPath', 'Dropped', 'Block', 'Stack',
-           'LanguageModel', 'packed', 'language_model', 'gpt2', 'next_token_probabilities', 'greedy', 'sampler',
-           'punish_repetition', 'check_prompt', 'generate', 'extended', 'beam_search', 'DecoderBlock', 'EncoderDecoder',
-           'encoder_decoder', 'transformer_encoder', 'translate', 'parallel_convolutions', 'segment_max',
-           'shrink_padding', 'Highway', 'CharacterFrontEnd', 'GatedConvolution', 'Recurrence', 'in_float32',
-           'fourier_mix', 'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders', 'multi_encoder',
-           'InceptionTokens', 'InceptiveHead']
+           'LanguageModel', 'packed', 'language_model', 'gpt2', 'likeliest', 'next_token_probabilities', 'greedy',
+           'sampler', 'punish_repetition', 'check_prompt', 'generate', 'extended', 'beam_search', 'SoftPrefix',
+           'prefixed', 'DecoderBlock', 'EncoderDecoder', 'encoder_decoder', 'transformer_encoder', 'translate',
+           'parallel_convolutions', 'segment_max', 'shrink_padding', 'Highway', 'CharacterFrontEnd', 'GatedConvolution',
+           'Recurrence', 'in_float32', 'fourier_mix', 'FourierMixing', 'expand', 'StaticExpansion', 'SummedEncoders',
+           'multi_encoder', 'InceptionTokens', 'InceptiveHead']
 
 # %% notebooks/02_transformer.ipynb
 import copy
@@ -31,7 +31,7 @@ from tfkit.zoo.attention import (
     padding_mask,
 )
 from .. import contracts
-from ..past import one_pass, recall, remember
+from ..past import looks_back, one_pass, recall, remember
 
 # %% notebooks/02_transformer.ipynb
 def sinusoidal_positions(
@@ -396,6 +396,39 @@ def gpt2(
     return model
 
 # %% notebooks/02_transformer.ipynb
+def likeliest(
+    logits: Float[Tensor, "*b v"], temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None
+) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"] | None]:
+    """Probabilities of the tokens that may be drawn, the likeliest first, and their ids.
+
+    Without a cut they are those of all tokens in their order, and the ids are None.
+    Arguments, errors and sources as for `next_token_probabilities`.
+    """
+    if temperature <= 0 or (top_k is not None and top_k < 1) or (
+        top_p is not None and not 0 < top_p <= 1
+    ):
+        raise ValueError(
+            f"need temperature > 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, "
+            f"{top_k}, {top_p}"
+        )
+    if top_k is None and top_p is None:
+        return (logits / temperature).softmax(-1), None
+    count = min(top_k or logits.shape[-1], logits.shape[-1])
+    if top_p is None:
+        best, order = logits.topk(count)                               # (..., k)
+        return (best / temperature).softmax(-1), order
+    logits = logits / temperature
+    total = logits.logsumexp(-1, keepdim=True)         # of all tokens, not of the k
+    for size in (min(count, 1024), count):             # a thousand are mostly enough
+        best, order = logits.topk(size)
+        share = (best - total).exp()
+        if size == count or (share.sum(-1) >= top_p).all():
+            break
+    kept = share * (share.cumsum(-1) - share < top_p)  # what came before is below p
+    return kept / kept.sum(-1, keepdim=True), order
+
+# %% notebooks/02_transformer.ipynb
 def next_token_probabilities(
     logits: Float[Tensor, "*b v"], temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None
@@ -408,24 +441,8 @@ def next_token_probabilities(
     Sources: "Hierarchical Neural Story Generation", 2018 (top-k); "The Curious Case of
     Neural Text Degeneration", 2019 (top-p).
     """
-    if temperature <= 0 or (top_k is not None and top_k < 1) or (
-        top_p is not None and not 0 < top_p <= 1
-    ):
-        raise ValueError(
-            f"need temperature > 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, "
-            f"{top_k}, {top_p}"
-        )
-    if top_k is None and top_p is None:
-        return (logits / temperature).softmax(-1)
-    count = min(top_k or logits.shape[-1], logits.shape[-1])
-    best, order = (logits / temperature).topk(count)                   # (..., k), first
-    ordered = best.softmax(-1)
-    if top_p is not None:
-        # of all tokens, not of the k alone: what came before has not reached p
-        share = (best - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
-        ordered = ordered * (share.cumsum(-1) - share < top_p)
-        ordered = ordered / ordered.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter(-1, order, ordered)
+    found, ids = likeliest(logits, temperature, top_k, top_p)
+    return found if ids is None else torch.zeros_like(logits).scatter(-1, ids, found)
 
 # %% notebooks/02_transformer.ipynb
 def greedy(logits: Float[Tensor, "b v"]) -> Int[Tensor, "b"]:
@@ -444,10 +461,9 @@ def sampler(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(logits: Float[Tensor, "b v"]) -> Int[Tensor, "b"]:
-        probabilities = next_token_probabilities(
-            logits.cpu(), temperature, top_k, top_p
-        )
-        drawn = torch.multinomial(probabilities, 1, generator=generator)       # (b, 1)
+        found, ids = likeliest(logits.cpu(), temperature, top_k, top_p)
+        drawn = torch.multinomial(found, 1, generator=generator)               # (b, 1)
+        drawn = drawn if ids is None else ids.gather(-1, drawn)
         return drawn.squeeze(-1).to(logits.device)
 
     return draw
@@ -603,6 +619,57 @@ def beam_search(
             real = None if real is None else F.pad(real[chosen], (0, 1), value=True)
     best = torch.cat(means, 1).argmax(1)
     return torch.cat(done, 1)[torch.arange(len(best)), best]
+
+# %% notebooks/02_transformer.ipynb
+class SoftPrefix(nn.Module):
+    """An attend function with `length` learned keys and values before all others.
+
+    heads are those of the keys. The inner one, `attend`, is causal. Raises ValueError
+    for no length. Source: "Prefix-Tuning: Optimizing Continuous Prompts for
+    Generation", 2021.
+    """
+
+    def __init__(
+        self, heads: int, head_width: int, length: int, attend=causal_attention
+    ):
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"a prefix has at least one key, got {length}")
+        self.k, self.v = (
+            nn.Parameter(torch.randn(heads, length, head_width)) for _ in range(2))
+        self.attend = attend
+
+    def forward(
+        self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b g m e"],
+        v: Float[Tensor, "b g m c"], mask: Bool[Tensor, "..."] | None = None, **given
+    ) -> Float[Tensor, "b h n c"]:
+        state = recall(self)                           # an inner past has the prefix
+        if not state or looks_back(self.attend) != 0:
+            k, v = (torch.cat([own.expand(len(x), -1, -1, -1), x], 2)
+                    for own, x in ((self.k, k), (self.v, v)))
+            more = (self.k.shape[1], 0)
+            mask = None if mask is None else F.pad(mask, more, value=True)
+            if given.get("bias") is not None:
+                given["bias"] = F.pad(given["bias"], more)
+        if state is not None:
+            state["begun"] = 1
+        return self.attend(q, k, v, mask=mask, **given)
+
+# %% notebooks/02_transformer.ipynb
+def prefixed(model: nn.Module, length: int) -> nn.Module:
+    """A frozen copy of a model, with a `SoftPrefix` to learn in each attention layer.
+
+    Raises ValueError when it has no attention layer. Source: as for `SoftPrefix`.
+    """
+    new = copy.deepcopy(model).requires_grad_(False)
+    layers = [m for m in new.modules() if isinstance(m, MultiHeadAttention)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention layer")
+    for m in layers:
+        heads = getattr(m, "groups", m.heads)
+        m.attend = SoftPrefix(heads, m.head_width, length, m.attend)
+        m.attend.to(next(m.to_qkv.parameters()))
+    return new
 
 # %% notebooks/02_transformer.ipynb
 class DecoderBlock(nn.Module):
