@@ -1,6 +1,7 @@
 """Chapter 04: what must hold for counting without positions, FIRE, threshold attention and stretched rotary."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,17 +12,23 @@ from tfkit import contracts
 from tfkit.zoo.attention import MultiHeadAttention, attention, causal_attention
 from tfkit.zoo.length_extrapolation import (
     Fire,
+    QueryKeyNorm,
     RandomizedRotary,
+    Sharpened,
     ThresholdRelative,
     as_fire,
     count_from_start,
     distance_by_products,
     fire_input,
     interpolated_speeds,
+    llama3_speeds,
+    longrope_attention_factor,
+    longrope_speeds,
     nope_model,
     ntk_speeds,
     threshold_relative_attention,
     through_points,
+    yarn_attention_factor,
     yarn_speeds,
 )
 from tfkit.zoo.positions import Alibi, Rotary, T5Bias, alibi_slopes, rotary_speeds, t5_causal_buckets
@@ -344,3 +351,102 @@ def test_writing_with_a_cache(seed):
         with torch.no_grad(), remember(model):
             steps = torch.cat([model(ids[:, t : t + 1], start=t) for t in range(10)], 1)
         assert contracts.agree(lambda _, steps=steps: steps, model, ids, atol=1e-4)
+
+
+RULES = {
+    "llama3": ({"low_freq_factor": 1.0, "high_freq_factor": 4.0}, lambda e, s, n, b: llama3_speeds(e, s, n, b)),
+    "yarn": ({}, lambda e, s, n, b: yarn_speeds(e, s, n, b)),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize(
+    "e, factor, length, base", [(64, 8.0, 8192, 500000.0), (32, 4.0, 256, 10000.0), (16, 2.0, 64, 1e3)]
+)
+def test_published_rules_are_those_of_transformers(kind, e, factor, length, base):
+    more, ours = RULES[kind]
+    speeds, sharpness = of_transformers(kind, e, factor, length, base, **more)
+    torch.testing.assert_close(ours(e, factor, length, base), speeds, rtol=1e-5, atol=0)
+    if kind == "yarn":
+        assert yarn_attention_factor(factor) == pytest.approx(sharpness, abs=1e-6)
+
+
+def test_longrope_is_that_of_transformers():
+    slower = 1 + 3 * torch.rand(16)
+    speeds, sharpness = of_transformers(
+        "longrope", 32, 4.0, 128, 1e4, long_factor=slower.tolist(), short_factor=[1.0] * 16
+    )
+    torch.testing.assert_close(longrope_speeds(32, slower), speeds, rtol=1e-5, atol=0)
+    assert longrope_attention_factor(4.0, 128) == pytest.approx(sharpness, abs=1e-6)
+    assert longrope_attention_factor(1.0, 128) == yarn_attention_factor(0.5) == 1.0
+    for bad in (slower[1:], -slower):
+        with pytest.raises(ValueError, match="16 planes"):
+            longrope_speeds(32, bad)
+    with pytest.raises(ValueError, match="got 4.0 and 1.0"):
+        llama3_speeds(32, low=4.0, high=1.0)
+
+
+def of_transformers(kind, e, factor, length, base, **more):
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    given = {"rope_type": kind, "rope_theta": base, "factor": factor, "original_max_position_embeddings": length}
+    config = LlamaConfig(hidden_size=2 * e, num_attention_heads=2, rope_parameters=given | more,
+                         max_position_embeddings=int(factor * length))  # fmt: skip
+    return rope.ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=int(factor * length))
+
+
+@seeds
+def test_sharpened_and_normed_scores(seed):
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 2, 2, 7, 8).unbind(0)
+    expected = causal_attention(1.3 * q, 1.3 * k, v)
+    torch.testing.assert_close(Sharpened(1.3)(q, k, v), expected)
+    assert not torch.allclose(causal_attention(q, k, v), expected, atol=1e-3)
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match=str(bad)):
+            Sharpened(bad)
+    norm = QueryKeyNorm(8, partial(nn.RMSNorm, eps=1e-6), causal_attention)
+    with torch.no_grad():
+        norm.q.weight.copy_(torch.rand(8) + 0.5), norm.k.weight.copy_(torch.rand(8) + 0.5)
+    rms = lambda t: t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = causal_attention(rms(q) * norm.q.weight, rms(k) * norm.k.weight, v)
+    torch.testing.assert_close(norm(q, k, v), expected)
+    torch.testing.assert_close(norm(50 * q, 3 * k, v), expected, atol=1e-4, rtol=0)
+    turned = Rotary(8, QueryKeyNorm(8, nn.RMSNorm, causal_attention))
+    plain = QueryKeyNorm(8, nn.RMSNorm, Rotary(8, causal_attention))
+    torch.testing.assert_close(turned(q, k, v), plain(q, k, v))
+
+
+@seeds
+@pytest.mark.parametrize("window", [None, 3])
+def test_turned_keys_are_kept_and_only_as_many_as_needed(seed, window):
+    from tfkit.zoo.positions import Rotary, positioned_model
+    from tfkit.zoo.transformer import generate
+
+    class Window(nn.Module):
+        looks_back = 2
+
+        def forward(self, q, k, v, mask=None):
+            n, m = q.shape[-2], k.shape[-2]
+            back = torch.arange(m - n, m)[:, None] - torch.arange(m)
+            near = (back >= 0) & (back < 3)
+            return attention(q, k, v, near[None, None] if mask is None else near & mask)
+
+    torch.manual_seed(seed)
+    attend = lambda: QueryKeyNorm(8, nn.RMSNorm, Rotary(8, Sharpened(1.2, Window() if window else causal_attention)))
+    model, ids = positioned_model(9, 16, 2, 2, attend).eval(), torch.randint(9, (2, 11))
+    with torch.no_grad():
+        whole = model(ids)
+        for sizes in ((1, 3, 7), (1,) * 11, (10, 1)):
+            with remember(model) as past:
+                at, found = 0, []
+                for size in sizes:
+                    found.append(model(ids[:, at : at + size], start=at))
+                    at += size
+                kept = 2 if window else 11
+                assert past.numbers() == 2 * (2 * 2 * kept * 16 + 1), "keys and values of two layers, and two counters"
+            torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=0)
+        real = torch.arange(6) >= torch.tensor([[0], [3]])
+        alone = generate(model, ids[1:, 3:6], 6)
+        assert torch.equal(generate(model, ids[:, :6], 6, real=real)[1:, 3:], alone)

@@ -17,6 +17,7 @@ from torch import nn
 from tfkit import contracts, measure
 from tfkit.zoo.attention import MultiHeadAttention, attention
 from tfkit.zoo.depth_and_residuals import LayerScale
+from tfkit.zoo.length_extrapolation import QueryKeyNorm
 from tfkit.zoo.transformer import Block, FeedForward, PostNorm, PreNorm
 from tfkit.zoo.vision_transformer import (
     AttentionPooling,
@@ -33,7 +34,6 @@ from tfkit.zoo.vision_transformer import (
     LocalityAttend,
     ParallelBlock,
     PatchStem,
-    QueryKeyNorm,
     SaturatingLaw,
     SequencePooling,
     ShiftedPatchStem,

@@ -5,7 +5,8 @@
 # %% notebooks/04_length_extrapolation.ipynb
 __all__ = ['mechanisms', 'examples', 'count_from_start', 'through_points', 'distance_by_products', 'nope_model', 'fire_input',
            'Fire', 'as_fire', 'threshold_relative_attention', 'ThresholdRelative', 'interpolated_speeds', 'ntk_speeds',
-           'yarn_speeds', 'RandomizedRotary']
+           'yarn_speeds', 'yarn_attention_factor', 'longrope_attention_factor', 'Sharpened', 'llama3_speeds',
+           'longrope_speeds', 'QueryKeyNorm', 'RandomizedRotary']
 
 # %% notebooks/04_length_extrapolation.ipynb
 import math
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .attention import MultiHeadAttention, causal_attention, causal_mask
+from tfkit.zoo.attention import (
+    MultiHeadAttention, attention, causal_attention, causal_mask,
+)
 from tfkit.zoo.positions import (
     Alibi, RelativeBias, Rotary, T5Bias, alibi_slopes, positioned_model,
     rotary_speeds, t5_causal_buckets,
@@ -245,6 +248,97 @@ def yarn_speeds(
     low, high = max(math.floor(plane(32)), 0), min(math.ceil(plane(1)), head_width - 1)
     ramp = (torch.arange(len(speeds)) - low).to(speeds) / max(high - low, 1e-3)
     return torch.lerp(speeds, slow, ramp.clamp(0, 1))
+
+# %% notebooks/04_length_extrapolation.ipynb
+def yarn_attention_factor(factor: float) -> float:
+    """0.1 ln(factor) + 1, by which YaRN lengthens queries and keys; 1 up to factor 1.
+
+    factor is how many times the training length a text may have.
+
+    Source: "YaRN: Efficient Context Window Extension of Large Language Models", 2023.
+    """
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def longrope_attention_factor(factor: float, length: int) -> float:
+    """sqrt(1 + ln(factor) / ln(length)), by which LongRoPE does; 1 up to factor 1.
+
+    length is the training length, in tokens.
+
+    Source: "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024.
+    """
+    return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+
+
+class Sharpened(nn.Module):
+    """An attend function whose queries and keys are `factor` times as long.
+
+    Scores grow by factor^2. It hands over to another attend function, so it goes into
+    the slot of `Rotary`: attend=Sharpened(yarn_attention_factor(8)). Raises ValueError
+    unless the factor is positive. Source: "YaRN: Efficient Context Window Extension of
+    Large Language Models", 2023.
+    """
+
+    def __init__(self, factor: float, attend: Callable = causal_attention):
+        super().__init__()
+        if factor <= 0:
+            raise ValueError(f"a length is positive, 1 for no change; got {factor}")
+        self.factor, self.attend = factor, attend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **given) -> Tensor:
+        return self.attend(q * self.factor**2, k, v, **given)
+
+# %% notebooks/04_length_extrapolation.ipynb
+def llama3_speeds(
+    head_width: int, factor: float = 8.0, length: int = 8192, base: float = 500000.0,
+    low: float = 1.0, high: float = 4.0,
+) -> Float[Tensor, "c"]:
+    """Llama 3.1's speeds for a model trained at `length`.
+
+    With t turns within the length a plane has the speed w (s + (1 - s) / factor) with
+    s = (t - low) / (high - low), clamped to [0, 1]: kept for t >= high, interpolated
+    for t <= low. Raises ValueError for a factor below 1 or low >= high.
+    Source: "The Llama 3 Herd of Models", 2024, and its released code.
+    """
+    if low >= high:
+        raise ValueError(f"the ramp goes up, from low to high; got {low} and {high}")
+    speeds = rotary_speeds(head_width, base)
+    share = ((speeds * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(interpolated_speeds(speeds, factor), speeds, share)
+
+
+def longrope_speeds(
+    head_width: int, slower: Float[Tensor, "c"], base: float = 10000.0
+) -> Float[Tensor, "c"]:
+    """LongRoPE's speeds: each plane `slower` by a number of its own.
+
+    Raises ValueError for another number of planes. Source: "LongRoPE: Extending LLM
+    Context Window Beyond 2 Million Tokens", 2024.
+    """
+    speeds = rotary_speeds(head_width, base)
+    if slower.shape != speeds.shape or (slower <= 0).any():
+        raise ValueError(f"need a positive number for each of {len(speeds)} planes, "
+                         f"got {slower.tolist()}")
+    return speeds / slower
+
+# %% notebooks/04_length_extrapolation.ipynb
+class QueryKeyNorm(nn.Module):
+    """An attend module: attend(norm(q), norm(k), v), each head's vectors normalized.
+
+    norm makes a layer for vectors of a head's width; heads share its gains. Without
+    gains no logit exceeds sqrt(e). Sources: "Query-Key Normalization for Transformers",
+    2020; "Scaling Vision Transformers to 22 Billion Parameters", 2023.
+    """
+
+    def __init__(
+        self, head_width: int, norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        attend: Callable[..., Tensor] = attention,
+    ):
+        super().__init__()
+        self.q, self.k, self.attend = norm(head_width), norm(head_width), attend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **given) -> Tensor:
+        return self.attend(self.q(q), self.k(k), v, **given)
 
 # %% notebooks/04_length_extrapolation.ipynb
 class RandomizedRotary(Rotary):

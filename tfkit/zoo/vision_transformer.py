@@ -10,8 +10,8 @@ __all__ = ['mechanisms', 'examples', 'patchify', 'PatchStem', 'resize_grid', 'Le
            'CompactBlock', 'attention_without_qkv_bias', 'compact_blocks', 'compact', 'vit_lite_7', 'cvt_7',
            'cct_7_3x1', 'cct_2_3x2', 'cct_14_7x2', 'SaturatingLaw', 'fit_saturating_law', 'AttentionPooling',
            'decay_groups', 'rsqrt_schedule', 'vit_gigantic', 'Summed', 'ParallelBlock', 'tune_attention_only_',
-           'LayeredStem', 'QueryKeyNorm', 'FusedParallel', 'vit_22b', 'diagonal_shifts', 'ShiftedPatchStem',
-           'LocalityAttend', 'shifted_vit']
+           'LayeredStem', 'FusedParallel', 'vit_22b', 'diagonal_shifts', 'ShiftedPatchStem', 'LocalityAttend',
+           'shifted_vit']
 
 # %% notebooks/20_vision_transformer.ipynb
 import math
@@ -28,6 +28,7 @@ from tfkit.zoo.attention import (
     CrossAttention, MultiHeadAttention, attention, merge_heads, split_heads,
 )
 from .depth_and_residuals import NoShortcut
+from .length_extrapolation import QueryKeyNorm
 from tfkit.zoo.transformer import (
     Block, FeedForward, LearnedPositions, PreNorm, sinusoidal_positions,
 )
@@ -741,24 +742,6 @@ class LayeredStem(nn.Module):
     def forward(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
         _check_images(images, self.channels, self.patch)
         return self.layers(images).movedim(1, -1)
-
-# %% notebooks/20_vision_transformer.ipynb
-class QueryKeyNorm(nn.Module):
-    """An attend module: attend(norm(q), norm(k), v), each head's vectors normalized.
-
-    norm makes a layer for vectors of a head's width. Without gains no logit exceeds
-    sqrt(e). Source: "Scaling Vision Transformers to 22 Billion Parameters", 2023.
-    """
-
-    def __init__(
-        self, head_width: int, norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        attend: Callable[..., Tensor] = attention,
-    ):
-        super().__init__()
-        self.q, self.k, self.attend = norm(head_width), norm(head_width), attend
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **given) -> Tensor:
-        return self.attend(self.q(q), self.k(k), v, **given)
 
 # %% notebooks/20_vision_transformer.ipynb
 class FusedParallel(nn.Module):
