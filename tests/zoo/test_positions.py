@@ -683,3 +683,35 @@ def test_mechanisms_have_one_size():
     for make in p.mechanisms.values():
         module, (x, *_) = make()
         assert x.shape == (4, 128, 64) and module(*make()[1]).shape == x.shape
+
+
+@pytest.mark.parametrize("rotate", [p.rotate_halves, p.rotate_pairs])
+def test_rotary_at_places_that_the_caller_gives(rotate):
+    q, k, v = torch.randn(3, 2, 3, 7, 8, dtype=torch.float64).unbind(0)
+    turn = p.Rotary(8, causal_attention, p.rotary_speeds(8).double(), rotate)
+    plain = turn(q, k, v)
+    for shift in (torch.tensor([[0]]), torch.tensor([[5], [11]])):
+        torch.testing.assert_close(turn(q, k, v, places=torch.arange(7) + shift), plain)
+    places = torch.randint(30, (2, 7)).sort().values
+    angle = places[:, None, :, None] * p.rotary_speeds(8).double()
+    expected = causal_attention(rotate(q, angle), rotate(k, angle), v)
+    torch.testing.assert_close(turn(q, k, v, places=places), expected)
+    torch.testing.assert_close(turn(q[:, :, -2:], k, v, places=places), expected[:, :, -2:])
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    for wrong in (places[:, 1:], places[0]):
+        with pytest.raises(ValueError, match="7 keys have places"):
+            turn(q, k, v, places=wrong)
+
+
+def test_places_go_through_a_layer_and_its_maps_also_in_pieces():
+    layer = MultiHeadAttention(16, 2, attend=p.Rotary(8, causal_attention)).double()
+    layer.attend.speeds = layer.attend.speeds.float()
+    x, places = torch.randn(2, 6, 16).double(), torch.randint(30, (2, 6)).sort().values
+    whole = layer(x, places=places)
+    q, k, _ = layer.project(x)
+    angle = places[:, None, :, None] * p.rotary_speeds(8)
+    turned = attention_weights(p.rotate_halves(q, angle), p.rotate_halves(k, angle), causal_mask(6))
+    torch.testing.assert_close(layer.maps(x, places=places), turned)
+    with remember(layer):
+        pieces = [layer(x[:, a:b], places=places[:, a:b]) for a, b in ((0, 2), (2, 3), (3, 6))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)

@@ -250,8 +250,10 @@ class Rotary(nn.Module):
     rotate  the pairing: `rotate_halves` (Llama) or `rotate_pairs` (GPT-J)
 
     The score of positions i, j depends on i - j alone. Queries are the last n of m
-    positions. Raises ValueError for more planes than head_width / 2. Source: "RoFormer:
-    Enhanced Transformer with Rotary Position Embedding", 2021.
+    positions 0, 1, ..., or of the `places` (b, m) that a caller gives, which are those
+    of the keys in the call. Raises ValueError for more planes than head_width / 2, and
+    for places of another number. Source: "RoFormer: Enhanced Transformer with Rotary
+    Position Embedding", 2021.
     """
 
     def __init__(
@@ -274,15 +276,21 @@ class Rotary(nn.Module):
     def forward(
         self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b g m e"],
         v: Float[Tensor, "b g m c"],
-        **given,
+        places: Tensor | None = None, **given,
     ) -> Float[Tensor, "b h n c"]:
         n, m, state = q.shape[-2], k.shape[-2], recall(self)
         if n > m:
             raise ValueError(f"positions of {n} queries are not known among those of "
                              f"{m} keys")
         before = state.get("before", 0) if state is not None else 0
-        angle = self.angles(before + m)[before:]         # (m, c)
-        q, k = self.rotate(q, angle[m - n :]), self.rotate(k, angle)
+        if places is None:
+            angle = self.angles(before + m)[before:]     # (m, c)
+        elif places.ndim == 2 and places.shape[1] == m:
+            angle = places[:, None, :, None] * self.speeds  # (b, 1, m, c)
+        else:
+            raise ValueError(f"{m} keys have places (b or 1, {m}); got "
+                             f"{tuple(places.shape)}")
+        q, k = self.rotate(q, angle[..., m - n :, :]), self.rotate(k, angle)
         if state is not None:                            # turned keys are kept, turned
             state["before"] = before + m
             k, v, given["mask"] = with_past(self, self.attend, k, v, given.get("mask"))
