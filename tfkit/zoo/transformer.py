@@ -400,7 +400,7 @@ def likeliest(
     logits: Float[Tensor, "*b v"], temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None
 ) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"] | None]:
-    """Probabilities of the tokens that may be drawn, the likeliest first, and their ids.
+    """Probabilities of the tokens that may be drawn, likeliest first, and their ids.
 
     Without a cut they are those of all tokens in their order, and the ids are None.
     Arguments, errors and sources as for `next_token_probabilities`.
