@@ -293,7 +293,8 @@ def test_primer_full_normalizes_what_its_feedforward_writes(seed):
             p.add_(0.1 * torch.randn_like(p))
     x = model.embed(torch.randint(20, (2, 7)))
     expected = x
-    for attend, feed in zip(model.stack.blocks[::2], model.stack.blocks[1::2], strict=True):
+    for block in model.stack.blocks:
+        attend, feed = block.mix, block.feed
         expected = expected + attend.part(attend.norm(expected))
         squared = F.relu(feed.part.up(expected)).square()
         expected = expected + feed.norm(feed.part.down(squared))
@@ -302,7 +303,7 @@ def test_primer_full_normalizes_what_its_feedforward_writes(seed):
 
 def test_primer_cache_without_memory_of_the_convolution_is_caught():
     class Forgetful(zoo.MultiDConvHeadAttention):
-        def convolve(self, raw):
+        def convolve(self, raw, mask=None):
             return zoo.causal_depthwise_conv(raw, self.kernel)
 
     layer, x = Forgetful(16, 4), torch.randn(2, 6, 16)
@@ -313,7 +314,7 @@ def test_primer_cache_without_memory_of_the_convolution_is_caught():
 
 def test_primer_with_a_centered_convolution_is_caught():
     class Centered(zoo.MultiDConvHeadAttention):
-        def convolve(self, raw):
+        def convolve(self, raw, mask=None):
             return zoo.causal_depthwise_conv(raw.roll(-1, 2), self.kernel)
 
     assert not contracts.causal(Centered(16, 4), torch.randn(2, 6, 16))

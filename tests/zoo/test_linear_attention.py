@@ -425,9 +425,12 @@ def test_topological_attention(seed):
     assert not contracts.agree(attend, z.Featured(z.elu_features), q, k, v, atol=1e-2)
     ours, theirs = (torch.autograd.grad(way(q, k, v).square().sum(), f.abc)[0] for way in (attend, explicit))
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="the tree is the mask"):
-        attend(q, k, v, torch.ones(1, 30, dtype=torch.bool))
-    with pytest.raises(ValueError, match="30 nodes, got 29"):
+    real = torch.rand(2, 1, 1, 30) < 0.6
+    hidden = lambda q, k, v: by_map(z.elu_features(q), z.elu_features(k) * real.mT, v, f(d))
+    assert contracts.reduces_to(lambda q, k, v: attend(q, k, v, real), hidden, q, k, v)
+    with pytest.raises(ValueError, match=r"\(30, 30\)"):
+        attend(q, k, v, torch.ones(30, 30, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"30 nodes.* got 29"):
         attend(q[..., :29, :], k[..., :29, :], v[..., :29, :])
     with pytest.raises(ValueError, match="30 nodes, the field 29"):
         z.integrate(tree, f, v[..., :29, :])
@@ -568,8 +571,18 @@ def test_almost_linear_gradient_with_the_wrong_sums_backward_fails(seed):
     assert not contracts.reduces_to(partial(z.polynomial_attention, degree=12, sums=wrong), causal_attention, *parts)
     with pytest.raises(ValueError, match="not a square map"):
         z.polynomial_attention(parts[0][..., :3, :], parts[1], parts[2], 2, z.CAUSAL)
-    with pytest.raises(ValueError, match="choose the sums"):
-        z.PolynomialAttention(2)(*parts, torch.ones(1, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(20, 20\)"):
+        z.PolynomialAttention(2)(*parts, torch.ones(20, 20, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("sums, exact", [(z.EVERYWHERE, attention), (z.CAUSAL, causal_attention)])
+def test_almost_linear_gradient_gives_padding_no_weight(sums, exact):
+    parts = torch.randn(3, 2, 2, 9, 2, dtype=torch.float64).mul(0.5).unbind(0)
+    real = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    real[0, ..., :2], real[1, ..., 6:] = False, False
+    found = partial(z.polynomial_attention, degree=12, sums=sums, mask=real)
+    seen = lambda out: out[0, :, 2:] if sums is z.CAUSAL else out  # a query without keys: zeros in both, by another way
+    assert contracts.reduces_to(lambda *x: seen(found(*x)), lambda *x: seen(exact(*x, mask=real)), *parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost

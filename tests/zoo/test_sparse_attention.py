@@ -681,17 +681,44 @@ def test_bad_arguments_name_their_values():
         (lambda: z.GridPositions(2, 3, 4)(torch.randn(1, 7, 4)), "row 3 is asked for, of 2"),
         (lambda: z.masformer(9, 16, 2, 2, 4, full=(2,)), r"names \[2\]"),
         (lambda: z.combiner_attention(q, q, q, span=0), "got 0"),
-        (lambda: z.combiner_attention(q, q, q, span=2, mask=rows), "no mask"),
-        (lambda: z.logsparse_attention(q, q, q, mask=rows), "padding"),
+        (lambda: z.combiner_attention(q, q, q, span=2, mask=rows), r"\(6, 6\)"),
+        (lambda: z.logsparse_attention(q, q, q, mask=rows), r"\(6, 6\)"),
         (lambda: z.lsh_attention(q, q, torch.zeros(1, 3, 1, 6, dtype=torch.long), 0), "got 0"),
         (lambda: z.LSHAttention(16, 3), "3, 16"),
         (lambda: z.LSHAttention(16, 2, buckets=5), "5"),
-        (lambda: z.NeighborAttention(2)(q, q, q, mask=rows), "no mask"),
+        (lambda: z.NeighborAttention(2)(q, q, q, mask=rows), r"\(6, 6\)"),
+        (lambda: z.NeighborAttention(2)(q[:0], q[:0], q[:0]), r"\(0, 3, 6, 4\)"),
         (lambda: z.projected_neighbors(q, q, 0), "got 0 and 3"),
         (lambda: z.projected_neighbors(q, q, 2, slack=-1.0), "got 2 and -1"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize(
+    "attend",
+    [partial(z.combiner_attention, span=3), z.Combiner(4), z.logsparse_attention, z.NeighborAttention(4)],
+    ids=["combiner", "module", "logsparse", "neighbors"],
+)
+def test_a_padded_text_gives_what_it_gives_alone(attend, left):
+    q, k, v = torch.randn(3, 2, 2, 11, 4).unbind(0)
+    real = torch.ones(2, 11, dtype=torch.bool)
+    part = slice(5, None) if left else slice(6)
+    real[1] = False
+    real[1, part] = True
+    out = attend(q, k, v, mask=padding_mask(real))
+    for row, tokens in ((0, slice(None)), (1, part)):
+        alone = attend(*(t[row : row + 1, :, tokens] for t in (q, k, v)))
+        torch.testing.assert_close(out[row : row + 1, :, tokens], alone)
+
+
+def test_a_padded_text_cannot_be_fed_to_regions_in_pieces():
+    x, mask = torch.randn(1, 4, 16), padding_mask(torch.tensor([[False, True, True, True]]))
+    for attend in (z.Combiner(2), z.Replayed(z.logsparse_attention)):
+        layer = MultiHeadAttention(16, 2, attend=attend)
+        with remember(layer), pytest.raises(ValueError, match="cannot have padding"):
+            layer(x, mask=mask)
 
 
 def test_mechanisms_have_one_size():

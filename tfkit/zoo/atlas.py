@@ -24,9 +24,11 @@ from torch.nn import functional as F
 
 from .. import data
 from ..papers import HERE, Paper, Record, chapters, collect, papers, search
+from .attention import check_tokens
 from tfkit.zoo.transformer import (
     SinusoidalPositions,
     TokenEmbedding,
+    in_float32,
     transformer_encoder,
 )
 
@@ -398,8 +400,14 @@ def pieces(x: Float[Tensor, "b t"]) -> Float[Tensor, "b n p"]:
     return x.unfold(-1, 8, 8)
 
 
+@in_float32
 def frames(x: Float[Tensor, "b t"]) -> Float[Tensor, "b n p"]:
-    """Sound as log spectra of 64 samples, every 32 samples: p = 33 frequencies."""
+    """Sound as log spectra of 64 samples, every 32 samples: p = 33 frequencies.
+
+    Raises ValueError for less than one spectrum.
+    """
+    if not len(x) or x.shape[-1] < 64:
+        raise ValueError(f"a spectrum takes 64 samples of sound, got {tuple(x.shape)}")
     spectrum = torch.stft(
         x, 64, 32, window=torch.hann_window(64).to(x), center=False, return_complex=True
     )
@@ -434,8 +442,8 @@ class OneEncoder(nn.Module):
 
     head(mean over tokens of encoder(tokens(x))). tokens: {domain: module to (b, n, d)},
     encoder: (b, n, d) -> (b, n, d), classes: {domain: number of classes}.
-    Raises ValueError when the domains differ. Source: "A Comprehensive Survey on
-    Applications of Transformers for Deep Learning Tasks", 2023.
+    Raises ValueError when the domains differ, and for no tokens. Source: "A
+    Comprehensive Survey on Applications of Transformers for Deep Learning Tasks", 2023.
     """
 
     def __init__(
@@ -452,7 +460,9 @@ class OneEncoder(nn.Module):
         )
 
     def forward(self, domain: str, x) -> Float[Tensor, "b classes"]:
-        return self.heads[domain](self.encoder(self.tokens[domain](x)).mean(1))
+        tokens = self.tokens[domain](x)
+        check_tokens(tokens, least=1)
+        return self.heads[domain](self.encoder(tokens).mean(1))
 
 # %% notebooks/99_atlas.ipynb
 CLASSES = dict(zip(DOMAINS, (2, 10, 2, 3, 3)))

@@ -26,7 +26,8 @@ from ..past import recall, why_not, with_past
 def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     """ValueError unless a mask is boolean and fits the scores of q and k, (*b, n, m).
 
-    Its axes fit those of the scores from the right, each of full size or of size 1.
+    It has two axes, (n, m) for all, or as many as the scores; each of full size or of
+    size 1, and the last of full size. What lies between could mean texts or heads.
     """
     if mask is None:
         return
@@ -35,11 +36,11 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
                          f"{mask.dtype}. Numbers go into bias=")
     scores, shape = (*q.shape[:-1], k.shape[-2]), tuple(mask.shape)
     each = [a in (1, full) for a, full in zip(shape[::-1], scores[::-1])]
-    fits = 2 <= len(shape) <= len(scores) and shape[-1] == scores[-1]
+    fits = len(shape) in (2, len(scores)) and shape[-1] == scores[-1]
     if not fits or not all(each):
         raise ValueError(
-            f"the scores are {scores}, so a mask is {scores[-2:]} or has more axes of "
-            f"theirs, each of that size or 1; got {shape}"
+            f"the scores are {scores}, so a mask is {scores[-2:]} or has as many axes "
+            f"as they, each of that size or 1; got {shape}"
         )
 
 # %% notebooks/01_attention.ipynb
@@ -183,14 +184,18 @@ def check_heads(width: int, heads: int, head_width: int | None = None) -> int:
     return head_width or width // heads
 
 
-def check_tokens(x: Tensor, name: str = "tokens") -> None:
-    """ValueError unless x has the three axes (b, n, d)."""
-    if x.ndim != 3:
-        raise ValueError(f"{name} have shape (b, n, d); got {tuple(x.shape)}")
+def check_tokens(x: Tensor, name: str = "tokens", least: int = 0) -> None:
+    """ValueError unless x is (b, n, d), with `least` texts and tokens or more."""
+    if x.ndim != 3 or min(x.shape[:2]) < least:
+        some = f", b and n at least {least}" * (least > 0)
+        raise ValueError(f"{name} have shape (b, n, d){some}; got {tuple(x.shape)}")
 
 # %% notebooks/01_attention.ipynb
 def check_layer_mask(mask: Tensor | None) -> None:
-    """ValueError unless a mask for a layer has all four axes of the scores, or two."""
+    """ValueError unless a mask for a layer has all four axes of the scores, or two.
+
+    Two axes are always queries and keys: real tokens (b, n) go through `padding_mask`.
+    """
     if mask is not None and mask.ndim not in (2, 4):
         raise ValueError(
             f"a layer takes masks (n or 1, m), or (b or 1, h or 1, n or 1, m); got "
@@ -239,8 +244,9 @@ class MultiHeadAttention(Reader):
     attend      function (q, k, v, mask=None) on (b, h, n, e) tensors: `attention`,
                 `causal_attention`, ...
 
-    `forward` takes a mask (b or 1, h or 1, n or 1, n), True where attention is allowed,
-    a bias, added to scores (b, h, n, n), and whatever else `attend` understands, such
+    `forward` takes a mask (b or 1, h or 1, n or 1, n), or (n or 1, n) for all texts and
+    heads, True where attention is allowed, a bias, added to scores (b, h, n, n), and
+    whatever else `attend` understands, such
     as the places of chapter 03's `Rotary`. Raises ValueError for other shapes, for no
     head, and when heads does not divide width and no head_width is given.
     Source: "Attention Is All You Need", 2017.
@@ -522,7 +528,7 @@ class LowRankClassifier(nn.Module):
     """Text classifier: embedding, two-way GRU, pooling, linear layer.
 
     pool makes a module that maps (b, n, d) to (b, h, d) from a width and a number of
-    heads. Raises ValueError for an odd width.
+    heads. Raises ValueError for an odd width, and for a text without tokens.
 
     Source: "Low Rank Factorization for Compact Multi-Head Self-Attention", 2019.
     """
@@ -539,7 +545,9 @@ class LowRankClassifier(nn.Module):
         self.classify = nn.Linear(heads * width, classes)
 
     def forward(self, ids: Tensor) -> Float[Tensor, "b classes"]:
-        tokens, _ = self.read(self.embed(ids))  # (b, n, d)
+        x = self.embed(ids)
+        check_tokens(x, least=1)
+        tokens, _ = self.read(x)  # (b, n, d)
         return self.classify(self.pool(tokens).flatten(1))  # (b, classes)
 
 # %% notebooks/01_attention.ipynb

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..past import with_past
 from tfkit.zoo.attention import (
-    CrossAttention, MultiHeadAttention, attention, merge_heads, split_heads,
+    CrossAttention, MultiHeadAttention, attention, check_tokens, merge_heads,
+    split_heads,
 )
 from tfkit.zoo.transformer import (
     Block, FeedForward, PostNorm, PreNorm, Stack, in_float32,
@@ -779,6 +780,7 @@ class DeepCrossStack(nn.Module):
         self.read, self.norm = GeneralizedResidual(width, end), plain.norm
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        check_tokens(x)
         outputs = [x]
         for block in self.blocks:
             outputs.append(block(torch.stack(window_sources(outputs, self.last))))
@@ -792,12 +794,13 @@ def block_circulant(
     """x C^T for a matrix C of p x q circulant blocks, C_jk = c[(j - k) mod b], by FFT.
 
     Costs O(p q b + (p + q) b log b) for each token, and p q b parameters.
-    Raises ValueError when x is not q b wide.
+    Raises ValueError when x is not q b wide, or empty.
     Source: "Augmented Shortcuts for Vision Transformers", 2021.
     """
     p, q, b = blocks.shape
-    if x.shape[-1] != q * b:
-        raise ValueError(f"{q} blocks of {b} are {q * b} wide, the input {x.shape[-1]}")
+    if x.shape[-1] != q * b or not x.numel():
+        raise ValueError(f"{q} blocks of {b} turn vectors of width {q * b}, at least "
+                         f"one; got {tuple(x.shape)}")
     waves = torch.fft.rfft(x.unflatten(-1, (q, b)))                   # (..., q, f)
     mixed = torch.einsum("pqf,...qf->...pf", torch.fft.rfft(blocks), waves)
     return torch.fft.irfft(mixed, n=b).flatten(-2)                    # (..., p b)

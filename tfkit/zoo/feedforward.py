@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    CrossAttention, MultiHeadAttention, attention, causal_attention, merge_heads,
-    split_heads,
+    CrossAttention, MultiHeadAttention, attention, causal_attention, check_layer_mask,
+    merge_heads, split_heads,
 )
 from tfkit.zoo.transformer import (
     Block, EncoderDecoder, FeedForward, LanguageModel, LearnedPositions, NoPositions,
@@ -241,6 +241,14 @@ def causal_depthwise_conv(
     taps = kernel.unsqueeze(1).unbind(-1)              # k times (h, 1, e)
     return sum(x[..., i : i + n, :] * tap for i, tap in enumerate(taps))
 
+
+def _without_padding(raw: Tensor, mask: Tensor | None) -> Tensor:
+    """raw (b, g, n, e), zero at tokens that no query may see."""
+    if mask is None:
+        return raw
+    seen = mask[..., -raw.shape[-2] :].any(-2, keepdim=True).mT        # (..., n, 1)
+    return raw * (seen.any(1, keepdim=True) if seen.ndim == 4 else seen)
+
 # %% notebooks/07_feedforward.ipynb
 class MultiDConvHeadAttention(MultiHeadAttention):
     """Multi-head attention with a causal depthwise convolution on each head's q, k, v.
@@ -260,13 +268,27 @@ class MultiDConvHeadAttention(MultiHeadAttention):
         start[-1] = 0.5
         self.kernel = nn.Parameter(start.repeat(3 * heads, self.head_width, 1))
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each convolved over the tokens: (b, h, n, e)."""
-        return self.convolve(torch.cat(super().project(x), 1)).chunk(3, 1)
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
+        bias: Float[Tensor, "..."] | None = None, **given,
+    ) -> Float[Tensor, "b n d"]:
+        q, k, v = self.project(x, mask)
+        given |= {} if bias is None else {"bias": bias}
+        return self.to_out(merge_heads(self.read(q, k, v, mask=mask, **given)))
 
-    def convolve(self, raw: Float[Tensor, "b g n e"]) -> Float[Tensor, "b g n e"]:
+    def project(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each convolved over the tokens: (b, h, n, e)."""
+        return self.convolve(torch.cat(super().project(x), 1), mask).chunk(3, 1)
+
+    def convolve(
+        self, raw: Float[Tensor, "b g n e"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b g n e"]:
         """The convolution; inside `remember` it goes on where the last call ended."""
+        check_layer_mask(mask)
         n, before = raw.shape[-2], self.kernel.shape[-1] - 1
+        raw = _without_padding(raw, mask)
         state = recall(self)
         if state is not None:                          # (b, 3 h, up to k - 1 + n, e)
             raw = state.append("unconvolved", raw, most=before)
@@ -290,10 +312,10 @@ class SharedQKAttention(MultiDConvHeadAttention):
         self.kernel = nn.Parameter(self.kernel.detach()[: 2 * heads])
         self.to_q = nn.Linear(inner, inner, bias=False)
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, ...]:
+    def project(self, x: Float[Tensor, "b n d"], mask=None) -> tuple[Tensor, ...]:
         """Convolved keys and values, and queries made from the keys: (b, h, n, e)."""
         raw = split_heads(self.to_qkv(x), 2 * self.heads)             # (b, 2 h, n, e)
-        k, v = self.convolve(raw).chunk(2, 1)
+        k, v = self.convolve(raw, mask).chunk(2, 1)
         return split_heads(self.to_q(merge_heads(k)), self.heads), k, v
 
 
@@ -320,13 +342,13 @@ def primer_full(vocabulary: int, width: int, depth: int, heads: int) -> Language
 
     Source: "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
     """
-    parts = []
+    norm, blocks = partial(nn.LayerNorm, width), []
     for _ in range(depth):
         feed = FeedForward(width, activation=SquaredReLU)
-        parts += [PreNorm(SharedQKAttention(width, heads), nn.LayerNorm(width)),
-                  NormOutput(feed, nn.LayerNorm(width))]
+        blocks.append(Block(SharedQKAttention(width, heads), feed, norm))
+        blocks[-1].feed = NormOutput(feed, norm())
     embed = TokenEmbedding(vocabulary, width, SinusoidalPositions())
-    return LanguageModel(embed, Stack(parts, nn.LayerNorm(width)))
+    return LanguageModel(embed, Stack(blocks, norm()))
 
 # %% notebooks/07_feedforward.ipynb
 def poly_relu(

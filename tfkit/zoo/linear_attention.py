@@ -15,7 +15,6 @@ __all__ = ['EVERYWHERE', 'CAUSAL', 'mechanisms', 'examples', 'feature_attention'
            'polynomial_attention', 'PolynomialAttention']
 
 # %% notebooks/11_linear_attention.ipynb
-import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -27,8 +26,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    MultiHeadAttention, attention, attention_weights, causal_attention, check_mask,
-    merge_heads, split_heads,
+    MultiHeadAttention, attention, attention_weights, causal_attention,
+    check_layer_mask, check_mask, check_tokens, merge_heads, split_heads,
 )
 from ..past import recall
 from .transformer import _real_tokens, in_float32
@@ -1104,8 +1103,9 @@ class TopologicalAttention(nn.Module):
     tree  `IntegratorTree` with a node for each token;  f  as for `integrate`
     leaf  with `OnIntegers`, parts of the tree up to this size use written-out weights
 
-    It takes no mask but None, and raises ValueError for another, or for more or fewer
-    tokens than nodes. Source: "Fast Tree-Field Integrators", 2024.
+    mask (..., 1, n) is True at nodes that count. Raises ValueError for another, for
+    more or fewer tokens than nodes, and for no texts. Source: "Fast Tree-Field
+    Integrators", 2024.
     """
 
     looks_back = None                                  # a tree has no direction
@@ -1123,11 +1123,10 @@ class TopologicalAttention(nn.Module):
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b n e"],
         v: Float[Tensor, "*b n c"], mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "*b n c"]:
-        if mask is not None:
-            raise ValueError(f"the tree is the mask, got another {tuple(mask.shape)}")
-        if q.shape[-2] != self.tree.n:
-            raise ValueError(f"a tree of {self.tree.n} nodes, got {q.shape[-2]} tokens")
-        parts = self.features(q), self.features(k), _with_ones(v)
+        if q.shape[-2] != self.tree.n or not q.numel():
+            raise ValueError(f"a tree of {self.tree.n} nodes takes texts of as many "
+                             f"tokens, got {q.shape[-2]} in {tuple(q.shape)}")
+        parts = self.features(q), _hide(self.features(k), mask), _with_ones(v)
         flat = (t.reshape(-1, *t.shape[-2:]) for t in parts)
         sums = in_float32(self.sums)(self.f, *flat)
         return _divide(sums.reshape(*v.shape[:-1], -1))
@@ -1262,6 +1261,7 @@ class EcoAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
+        check_tokens(x), check_layer_mask(mask)
         codes = self.hash(split_heads(self.to_qk(x), self.heads))      # (b, h, n, r)
         v = split_heads(self.to_v(x), self.heads)
         return self.to_out(merge_heads(code_attention(codes, codes, v, mask)))
@@ -1270,8 +1270,10 @@ class EcoAttention(nn.Module):
 @lru_cache
 def _monomials(width: int, degree: int) -> tuple[Tensor, Tensor]:
     """Which entries of (1, x) to multiply (r, degree), and 1 / sqrt(alpha!) (r,)."""
-    picks = itertools.combinations_with_replacement(range(width + 1), degree)
-    table = torch.tensor(list(picks), dtype=torch.long)        # (r, degree)
+    picks = [()]                                       # with numbers that never fall
+    for _ in range(degree):
+        picks = [(*p, i) for p in picks for i in range(p[-1] if p else 0, width + 1)]
+    table = torch.tensor(picks, dtype=torch.long)              # (r, degree)
     powers = (table.unsqueeze(-1) == torch.arange(1, width + 1)).sum(1)  # (r, e)
     return table, (-torch.lgamma(powers.double() + 1).sum(-1) / 2).exp()
 
@@ -1318,14 +1320,16 @@ class _PolynomialAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, degree: int, sums: tuple) -> tuple:
+    def forward(q, k, v, real, degree: int, sums: tuple) -> tuple:
         u, w = taylor_features(q, degree), taylor_features(k, degree)
+        w = w if real is None else w * real                    # padding has no weight
         total = sums[0](u, w, _with_ones(v))                   # (*b, n, c + 1)
-        return total[..., :-1] / total[..., -1:], u, w, total[..., -1:].clone()
+        d = total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)
+        return total[..., :-1] / d, u, w, d
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        q, k, v, _, ctx.sums = inputs
+        q, k, v, _, _, ctx.sums = inputs
         out, u, w, d = output
         ctx.save_for_backward(q, k, v, u, w, out, d)
         ctx.mark_non_differentiable(u, w, d)
@@ -1340,29 +1344,32 @@ class _PolynomialAttention(torch.autograd.Function):
         left = torch.cat([pairs(u, g), -u * own], -1)          # (*b, n, r (c + 1))
         right = torch.cat([pairs(w, v), w], -1)
         dq, dk = over_keys(left, right, k), over_queries(right, left, q)
-        return dq, dk, over_queries(w, u, g), None, None
+        return dq, dk, over_queries(w, u, g), None, None, None
 
 # %% notebooks/11_linear_attention.ipynb
 @in_float32
 def polynomial_attention(
     q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"], v: Float[Tensor, "*b m c"],
     degree: int, sums: tuple[Callable, Callable] = EVERYWHERE,
+    mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "*b n c"]:
     """Softmax attention with exp as a Taylor sum, and its gradient, in O(n).
 
     sums is EVERYWHERE or, for as many queries as keys, CAUSAL. The error falls
     factorially with the degree while |q . k| / sqrt(e) is small. Even degrees keep
-    weights positive. Raises ValueError for CAUSAL sums with n unlike m.
-    Source: "Multi-Layer Transformers Gradient Can be Approximated in Almost Linear
-    Time", 2024.
+    weights positive. mask (..., 1, m) is True at keys that count. Raises ValueError for
+    another, and for CAUSAL sums with n unlike m. Source: "Multi-Layer Transformers
+    Gradient Can be Approximated in Almost Linear Time", 2024.
     """
     if sums is not EVERYWHERE and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"{q.shape[-2]} queries, {k.shape[-2]} keys: not a square map")
-    return _PolynomialAttention.apply(q * q.shape[-1] ** -0.5, k, v, degree, sums)[0]
+    real = None if mask is None else _hide(torch.ones_like(k[..., :1]), mask)
+    q = q * q.shape[-1] ** -0.5
+    return _PolynomialAttention.apply(q, k, v, real, degree, sums)[0]
 
 # %% notebooks/11_linear_attention.ipynb
 class PolynomialAttention(nn.Module):
-    """`polynomial_attention` for the slot `attend`; it takes no mask but None.
+    """`polynomial_attention` for the slot `attend`, and its errors.
 
     Source: "Multi-Layer Transformers Gradient Can be Approximated in Almost Linear
     Time", 2024.
@@ -1377,13 +1384,11 @@ class PolynomialAttention(nn.Module):
         self, q: Float[Tensor, "*b n e"], k: Float[Tensor, "*b m e"],
         v: Float[Tensor, "*b m c"], mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "*b n c"]:
-        if mask is not None:
-            raise ValueError(f"choose the sums instead; got a mask {tuple(mask.shape)}")
         state = recall(self)
         if state is None:
-            return polynomial_attention(q, k, v, self.degree, self.sums)
+            return polynomial_attention(q, k, v, self.degree, self.sums, mask)
         u = taylor_features(q * q.shape[-1] ** -0.5, self.degree)
-        w = taylor_features(k, self.degree)
+        w = _hide(taylor_features(k, self.degree), mask)
         sums, state["sums"] = causal_sums(u, w, _with_ones(v), state.get("sums"))
         return _divide(sums)
 

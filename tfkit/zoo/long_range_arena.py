@@ -34,7 +34,7 @@ from torch.nn.utils import prune
 from .. import data, measure, train
 from ..papers import Record
 from tfkit.zoo.attention import (
-    MultiHeadAttention, attention, attention_weights, causal_attention,
+    MultiHeadAttention, attention, attention_weights, causal_attention, check_tokens,
 )
 from tfkit.zoo.transformer import (
     FeedForward, LearnedPositions, PreNorm, Stack, TokenEmbedding,
@@ -469,8 +469,8 @@ mixers |= {
 class ArenaEncoder(nn.Module):
     """Ids (b, n) to one vector (b, d): embedding, positions, blocks, mean of tokens.
 
-    name is a key of `mixers`. Raises ValueError for another. Source: the protocol of
-    "Long Range Arena", 2020.
+    name is a key of `mixers`. Raises ValueError for another, and for texts without
+    tokens. Source: the protocol of "Long Range Arena", 2020.
     """
 
     def __init__(self, name: str, plan: Plan, vocabulary: int, depth: int = 2):
@@ -488,7 +488,9 @@ class ArenaEncoder(nn.Module):
         self.norm = norm()
 
     def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        return self.norm(self.blocks(self.embed(ids))).mean(1)
+        x = self.embed(ids)
+        check_tokens(x, least=1)
+        return self.norm(self.blocks(x)).mean(1)
 
 # %% notebooks/17_long_range_arena.ipynb
 class PairHead(nn.Module):

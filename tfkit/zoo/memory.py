@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    MultiHeadAttention, attention, causal_attention, causal_mask, merge_heads,
-    split_heads,
+    MultiHeadAttention, attention, causal_attention, causal_mask, check_layer_mask,
+    check_tokens, merge_heads, split_heads,
 )
 from .attention_variants import relative_shift
 from ..past import recall
@@ -111,6 +111,7 @@ class XLAttention(nn.Module):
         self, x: Float[Tensor, "b n d"], memory: Float[Tensor, "b m d"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        check_tokens(x), check_layer_mask(mask)
         if memory is None and (past := recall(self)) is not None:
             memory, mask = _all_before(past, x, mask)
         seen = x if memory is None else torch.cat([memory.detach(), x], 1)
@@ -414,7 +415,7 @@ class Compressive(nn.Module):
         recent = torch.cat([state.recent, x.detach()], 1)
         leave = max(0, recent.shape[1] - self.slots) // self.rate * self.rate
         old, recent = recent[:, :leave], recent[:, leave:]
-        if leave == 0:
+        if leave == 0 or not len(x):                          # or no texts at all
             return Compressed(recent, state.older, x.new_zeros(()))
         new = self.compress(old)                              # (b, leave / rate, d)
         older = torch.cat([state.older, new.detach()], 1)
@@ -470,6 +471,7 @@ class SelectedMemory(nn.Module):
         self, x: Float[Tensor, "b n d"], memory: Float[Tensor, "b m d"],
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        check_tokens(x), check_layer_mask(mask)
         found = self.score(memory_keys(self.layer, memory.detach()))      # (b, h, m)
         best = found.topk(min(self.slots, found.shape[-1]), -1).indices
         keep = torch.zeros_like(found, dtype=torch.bool).scatter(-1, best, True)

@@ -704,6 +704,8 @@ class SimplifiedLinearAttention(nn.Module):
     Raises ValueError for another n, or for a mask. Source: "SLAB", 2024.
     """
 
+    looks_back = None                                  # it sums over the whole grid
+
     def __init__(self, heads: int, head_width: int, height: int, width: int):
         super().__init__()
         self.grid, n = (height, width), height * width

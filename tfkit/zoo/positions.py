@@ -962,7 +962,7 @@ class PathProjection(nn.Module):
         self, x: Float[Tensor, "b n d"], before: Float[Tensor, "b k d"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> tuple[Tensor, ...]:
-        check_tokens(x), check_layer_mask(mask)
+        check_tokens(x, least=1), check_layer_mask(mask)
         padded = mask is not None and mask.shape[-2] == 1
         real = mask[:, 0, 0, :, None] if padded else 1       # padding turns nothing
         q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, -1))

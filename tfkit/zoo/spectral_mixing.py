@@ -146,11 +146,12 @@ def shorten(x: Float[Tensor, "b n d"], length: int) -> Float[Tensor, "b m d"]:
     """The m = `length` lowest cosine coefficients of the tokens, back as m tokens.
 
     A constant grows by sqrt(n / m), since both transforms are orthonormal. Raises
-    ValueError unless 1 <= length <= n. Source: "Fourier Transformer: Fast Long Range
-    Modeling by Removing Sequence Redundancy with FFT Operator", 2023.
+    ValueError unless 1 <= length <= n, and for no texts. Source: "Fourier Transformer:
+    Fast Long Range Modeling by Removing Sequence Redundancy with FFT Operator", 2023.
     """
-    if not 1 <= length <= x.shape[1]:
-        raise ValueError(f"cannot shorten {x.shape[1]} tokens to {length}")
+    if not 1 <= length <= x.shape[1] or not x.numel():
+        raise ValueError(f"cannot shorten {x.shape[1]} tokens, of texts "
+                         f"{tuple(x.shape)}, to {length}")
     return idct(dct(x.transpose(1, 2))[..., :length]).transpose(1, 2)
 
 # %% notebooks/12_spectral_mixing.ipynb

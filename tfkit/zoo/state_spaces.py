@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .attention import MultiHeadAttention, causal_attention
+from .attention import MultiHeadAttention, causal_attention, check_tokens
 from ..past import recall
 from .normalization import TokenBatchNorm
 from tfkit.zoo.transformer import (
@@ -297,9 +297,13 @@ class LegendreMemoryUnit(nn.Module):
 
 # %% notebooks/15_state_spaces.ipynb
 class CausalConvolution(nn.Conv1d):
-    """A convolution over the `kernel_size` last tokens: (b, n, c) -> (b, n, d)."""
+    """A convolution over the `kernel_size` last tokens: (b, n, c) -> (b, n, d).
+
+    Raises ValueError for no tokens.
+    """
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n d"]:
+        check_tokens(x, least=1)
         n, back, past = x.shape[1], self.kernel_size[0] - 1, recall(self)
         if past is not None:                           # up to `back` earlier tokens
             x = past.append("x", x, dim=1, most=back)
@@ -682,11 +686,27 @@ def take(x: Float[Tensor, "b n c"], kept: Int[Tensor, "b p"]) -> Float[Tensor, "
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
 
 # %% notebooks/15_state_spaces.ipynb
+class _Chooser(nn.Module):
+    """The tokens that a block keeps, and what it reads of them: for `Decimated`."""
+
+    def __init__(self, block: PreNorm):
+        super().__init__()
+        self.block = block
+
+    @in_float32
+    def forward(self, x: Float[Tensor, "b n d"], count: int, last: int) -> tuple:
+        parts = self.block.part.read(self.block.norm(x))
+        kept = important_tokens(parts[1], count, last)
+        return kept, *(take(part, kept) for part in parts)
+
+
 class Decimated(nn.Module):
     """A trained Mamba block that keeps `count` tokens: (b, n, d) -> (b, p, d).
 
-    block is PreNorm(MambaMixer, norm); the `last` tokens are always kept. Source:
-    "DeciMamba: Exploring the Length Extrapolation Potential of Mamba", 2024.
+    block is PreNorm(MambaMixer, norm); the `last` tokens are always kept. Which others
+    are is decided in float32, with 16-bit weights too: one rounding could turn the
+    choice over, as that of a router. Source: "DeciMamba: Exploring the Length
+    Extrapolation Potential of Mamba", 2024.
     """
 
     no_past = "which tokens it keeps is known only when the whole text has been read"
@@ -694,12 +714,14 @@ class Decimated(nn.Module):
     def __init__(self, block: PreNorm, count: int, last: int = 1):
         super().__init__()
         self.block, self.count, self.last = block, count, last
+        self.__dict__["choose"] = _Chooser(block)      # the same weights: no new part
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b p d"]:
-        parts = self.block.part.read(self.block.norm(x))
-        kept = important_tokens(parts[1], self.count, self.last)
-        y = self.block.part.finish(*(take(part, kept) for part in parts))
-        return take(x, kept) + y
+        wide = {name: p.to(torch.promote_types(p.dtype, torch.float32))
+                for name, p in self.choose.named_parameters()}
+        given = x, self.count, self.last
+        kept, *parts = torch.func.functional_call(self.choose, wide, given)
+        return take(x, kept) + self.block.part.finish(*parts)
 
 # %% notebooks/15_state_spaces.ipynb
 class DeciMamba(nn.Module):
@@ -901,6 +923,7 @@ class Avey(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b n d"]:
+        check_tokens(x, least=1)
         past, n = recall(self), x.shape[1]
         if mask is not None:
             x, order = _real_first(x, _real_tokens(x, mask), past is not None)

@@ -859,7 +859,7 @@ class CharacterFrontEnd(nn.Module):
     padding    id of the padding character, whose vectors are zero
 
     `shrink_padding` gives the mask that goes with it. Raises ValueError for a stride or
-    a kernel below 1, or channels that do not add up to d.
+    a kernel below 1, channels that do not add up to d, or no characters.
     Source: "Character-level Transformer-based Neural Machine Translation", 2020, after
     "Fully Character-Level Neural Machine Translation", 2017.
     """
@@ -881,17 +881,16 @@ class CharacterFrontEnd(nn.Module):
         self.positions = SinusoidalPositions() if positions is None else positions
 
     def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b m d"]:
-        real = ids != self.padding
-        x = parallel_convolutions(self.table(ids), self.convolutions, real).relu()
+        real, x = ids != self.padding, self.table(ids)
+        check_tokens(x, "characters", least=1)
+        x = parallel_convolutions(x, self.convolutions, real).relu()
         x = segment_max(x * real[..., None], self.stride)              # (b, m, d)
         return self.positions(self.highways(x))
 
 # %% notebooks/02_transformer.ipynb
 def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens (b, n) that a `padding_mask` (b, 1, 1, n) allows; all without one."""
-    check_tokens(x)
-    if 0 in x.shape[:2]:
-        raise ValueError(f"this mixer needs a text of a token, got {tuple(x.shape)}")
+    check_tokens(x, least=1)
     if mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if mask.shape != (x.shape[0], 1, 1, x.shape[1]):
@@ -939,10 +938,12 @@ class Recurrence(nn.Module):
         real = _real_tokens(x, mask)
         order = (~real).int().argsort(dim=1, stable=True)[..., None]   # real ones first
         packed = nn.utils.rnn.pack_padded_sequence(
-            x.gather(1, order.expand_as(x)), real.sum(1).clamp(min=1).cpu(),
-            batch_first=True, enforce_sorted=False)
+            x.to(self.read.weight_hh_l0).gather(1, order.expand_as(x)),
+            real.sum(1).clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
+        with torch.autocast(x.device.type, enabled=False):  # not every CPU has it
+            read = self.read(packed)[0]
         read = nn.utils.rnn.pad_packed_sequence(
-            self.read(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+            read, batch_first=True, total_length=x.shape[1])[0]
         back = torch.zeros_like(read).scatter(1, order.expand_as(read), read)
         return back * real[..., None]
 
