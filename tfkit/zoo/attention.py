@@ -227,9 +227,7 @@ class Reader(nn.Module):
         """Why this layer cannot be fed a text in pieces; None for causal attention."""
         return why_not(self.attend)
 
-    def look(
-        self, q: Tensor, k: Tensor, mask: Tensor | None = None, **given
-    ) -> Tensor:
+    def look(self, q: Tensor, k: Tensor, mask: Tensor | None = None, **given) -> Tensor:
         """The weights (b, h, n, m): `attend`, asked to average one-hot values."""
         check_layer_mask(mask)
         one_hot = torch.eye(k.shape[-2]).to(k).expand(*k.shape[:-1], -1)
@@ -272,9 +270,8 @@ class MultiHeadAttention(Reader):
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
         bias: Float[Tensor, "..."] | None = None, **given,
     ) -> Float[Tensor, "b n d"]:
-        q, k, v = self.project(x)
         given |= {} if bias is None else {"bias": bias}
-        return self.to_out(merge_heads(self.read(q, k, v, mask=mask, **given)))
+        return self.to_out(merge_heads(self.read(*self.project(x), mask=mask, **given)))
 
     def maps(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
