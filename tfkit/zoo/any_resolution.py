@@ -162,7 +162,8 @@ class FactorizedPositions(nn.Module):
         at = at.clamp(0, length - 1)
         low, share = at.long(), at.frac()[..., None].to(self.row)
         high = (low + 1).clamp(max=length - 1)
-        between = [torch.lerp(table[low[..., k]], table[high[..., k]], share[..., k, :])
+        between = [torch.lerp(F.embedding(low[..., k], table),
+                              F.embedding(high[..., k], table), share[..., k, :])
                    for k, table in enumerate((self.row, self.column))]
         return between[0] + between[1]
 
@@ -372,8 +373,12 @@ def quadtree(
     """
     kept: list[Tensor] = []
     for scale in range(len(thresholds), -1, -1):
-        entropy = patch_entropy(images, patch * 2**scale, bins)   # (b, h, w)
-        chosen = entropy < (thresholds[scale - 1] if scale else torch.inf)
+        if scale:
+            entropy = patch_entropy(images, patch * 2**scale, bins)
+            chosen = entropy < thresholds[scale - 1]              # (b, h, w)
+        else:
+            shape = patchify(images, patch).shape[:3]
+            chosen = torch.ones(shape, dtype=torch.bool, device=images.device)
         for step, coarser in enumerate(reversed(kept), 1):
             covered = coarser.repeat_interleave(2**step, 1)
             chosen = chosen & ~covered.repeat_interleave(2**step, 2)
