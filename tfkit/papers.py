@@ -41,6 +41,11 @@ class Paper:
     def __str__(self) -> str:
         return f"{self.title} ({self.year})"
 
+    @property
+    def has_page(self) -> bool:
+        """Whether `link` is the paper's own page, whose title was found equal; else it is a search for the title."""
+        return "/search/" not in self.link
+
     def _say(self, verb: str, text: str) -> None:
         print(f"[{self.id}] {verb}: {text}")
 
@@ -119,11 +124,13 @@ def lookup(id: str) -> Paper:
 def paper(id: str) -> Paper:
     """Look up a paper and print its citation; use the result to state what the chapter shows of it.
 
+    Where the paper's own page is known, its address follows; JupyterLab makes it a link.
+
     >>> linformer = paper("linformer")
-    [linformer] cites: Linformer: Self-Attention with Linear Complexity (2020)
+    [linformer] cites: Linformer: Self-Attention with Linear Complexity (2020), https://arxiv.org/abs/2006.04768
     """
     found = lookup(id)
-    found._say("cites", str(found))
+    found._say("cites", f"{found}, {found.link}" if found.has_page else str(found))
     return found
 
 

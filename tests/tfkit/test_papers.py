@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import nbformat
 import numpy as np
@@ -18,8 +19,21 @@ LEFT, RIGHT = "\u27e8", "\u27e9"
 @pytest.fixture
 def linformer(capsys):
     found = P.paper("linformer")
-    assert capsys.readouterr().out == f"[linformer] cites: {found.title} ({found.year})\n"
+    assert capsys.readouterr().out == f"[linformer] cites: {found.title} ({found.year}), {found.link}\n"
     return found
+
+
+def test_a_paper_whose_page_is_not_known_is_cited_without_an_address(capsys):
+    P.paper("introduction")
+    assert not P.papers()["introduction"].has_page and "http" not in capsys.readouterr().out
+
+
+def test_pages_of_papers_are_identifiers_of_their_year():
+    pages = [row for row in P.papers().values() if row.has_page]
+    assert len(pages) > 100 and len({row.link for row in pages}) == len(pages)
+    for row in pages:
+        found = re.fullmatch(r"https://arxiv\.org/abs/(\d\d)(0[1-9]|1[0-2])\.\d{4,5}", row.link)
+        assert found and abs(2000 + int(found[1]) - row.year) <= 1, row
 
 
 def test_every_row_is_complete():
