@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tfkit.papers import papers
+
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,7 +216,7 @@ def test_a_reader_opens_the_book_searches_and_follows_a_link(page, tmp_path):
 
     page.goto((folder / "99_atlas.html").as_uri())
     rows = page.locator("table.atlas tbody tr:visible")
-    expect(rows).to_have_count(383)
+    expect(rows).to_have_count(len(papers()))
     page.get_by_label("search the papers").fill("relative representations")
     expect(page.locator("#shaw_relative")).to_be_visible()
     assert 1 <= rows.count() < 20

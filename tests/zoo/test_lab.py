@@ -119,7 +119,9 @@ def test_discovery_costs_no_more_than_a_small_encoder_for_each_part():
         run()
         return time.process_time() - started
 
-    build = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, batch_first=True), 4)(torch.ones(4, 64, 256))
+    build = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, batch_first=True), 4)(
+        torch.ones(4, 64, 256)
+    )
     unit = min(cost(build) for _ in range(5))
     found = cost(lab.catalogue.__wrapped__)
     assert found < unit * len(EVERY), f"{found / unit / len(EVERY):.1f} encoders a part: build the slow one smaller"
