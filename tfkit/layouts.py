@@ -140,6 +140,17 @@ norm.*                                        norm.*
 head.*                                        head.*
 """
 
+
+def _two_tokens(table: str, tokens: str, head: str, taught_head: str) -> str:
+    """The table of a ViT as that of a distilled DeiT: two tokens, their two positions, two heads."""
+    lines = [line for line in table.strip().splitlines() if not line.startswith("head.")]
+    changed = [
+        re.sub(r"\S+ +squeezed", f"{tokens}  squeezed", line).replace("class_place", "token_places") for line in lines
+    ]
+    changed = [line.replace("grid_places", "grid_places_after_two") for line in changed]
+    return "\n".join([*changed, f"head.by_class.* {head}.*", f"head.by_teacher.* {taught_head}.*"])
+
+
 # name -> the arguments of `tfkit.pretrained.Layout`
 TABLES: dict[str, dict] = {
     "gpt2": {
@@ -168,5 +179,10 @@ TABLES: dict[str, dict] = {
     },
     "vit": {"table": _VIT, "prefix": "vit."},
     "timm_vit": {"table": _TIMM_VIT, "prefix": "module."},  # DeiT without distillation, too
+    "deit": {
+        "table": _two_tokens(_VIT, "embeddings.{cls,distillation}_token", "cls_classifier", "distillation_classifier"),
+        "prefix": "deit.",
+    },
+    "timm_deit": {"table": _two_tokens(_TIMM_VIT, "{cls,dist}_token", "head", "head_dist"), "prefix": "module."},
     "timm_cait": {"table": _TIMM_CAIT, "prefix": "module."},
 }

@@ -30,6 +30,8 @@ transforms: dict[str, Callable[[Tensor], Tensor]] = {
     "squeezed": lambda t: t.squeeze(0),
     "class_place": lambda t: t[0, :1],  # positions (1, 1 + h w, d): the class token's, and those of a square of patches
     "grid_places": lambda t: t[0, 1:].unflatten(0, (math.isqrt(t.shape[1] - 1), -1)),
+    "token_places": lambda t: t[0, :2],  # positions (1, 2 + h w, d), with a distillation token
+    "grid_places_after_two": lambda t: t[0, 2:].unflatten(0, (math.isqrt(t.shape[1] - 2), -1)),
 }
 
 

@@ -222,6 +222,34 @@ def test_logits_of_transformers_vit(tmp_path):
         torch.testing.assert_close(ours(PICTURES), peer(PICTURES).logits, atol=1e-5, rtol=1e-5)
 
 
+def tiny_deit(hidden: int):
+    return pytest.importorskip("tfkit.zoo.data_efficient_vision").distilled(tiny_vit(hidden)).eval()
+
+
+def test_logits_of_transformers_deit(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.DeiTConfig(**sizes, image_size=8, patch_size=4, num_labels=3, layer_norm_eps=1e-6)
+    peer = shaken(transformers.DeiTForImageClassificationWithTeacher(config))
+    ours = pretrained.load(tiny_deit(24), save(peer, tmp_path), "deit")
+    with torch.no_grad():
+        found, expected = ours.train()(PICTURES), peer(PICTURES)
+        torch.testing.assert_close(found[:, 0], expected.cls_logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[:, 1], expected.distillation_logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.eval()(PICTURES), expected.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_timms_names_of_deit_give_the_same_weights_as_those_of_transformers(tmp_path):
+    names = {"cls_token": (1, 1, 16), "dist_token": (1, 1, 16), "pos_embed": (1, 6, 16)}
+    names |= pair("patch_embed.proj", 16, 3, 4, 4) | timm_block("blocks.0") | timm_block("blocks.1") | pair("norm", 16)
+    state = numbered(names | pair("head", 3, 16) | pair("head_dist", 3, 16))
+    torch.save({"model": state}, tmp_path / "deit.pth")
+    ours = pretrained.load(tiny_deit(64), tmp_path / "deit.pth", "timm_deit")
+    assert torch.equal(ours.head.by_teacher.weight, state["head_dist.weight"])
+    assert torch.equal(ours.tokens[0].value, torch.cat([state["cls_token"], state["dist_token"]], 1)[0])
+    assert torch.equal(ours.tokens[1].table, state["pos_embed"][0, :2])
+    assert torch.equal(ours.stages[0].positions.table.flatten(0, 1), state["pos_embed"][0, 2:])
+
+
 # What does not fit is named, and nothing is written.
 
 
