@@ -147,7 +147,7 @@ def keeps_to_the_past(f: Callable[[Tensor], Tensor], x: Tensor, *, atol: float =
     with _calm(f), torch.no_grad():
         try:
             before = f(x)
-        except Exception as error:  # noqa: BLE001 (whatever it needs, it is not the question here)
+        except Exception as error:  # whatever it needs, it is not the question here
             return Finding(True, f"not asked: it does not run on {tuple(x.shape)} ({type(error).__name__})")
         if before.is_meta or before.shape[:2] != x.shape[:2]:
             return Finding(True, "not asked: it gives no numbers for each token")
@@ -155,7 +155,8 @@ def keeps_to_the_past(f: Callable[[Tensor], Tensor], x: Tensor, *, atol: float =
             later = torch.cat([x[:, :i], _other(x[:, i:].cpu(), generator, _largest(x)).to(x)], 1)
             leak = _gap(f(later)[:, :i], before[:, :i]).max().item() if i else 0.0
             if leak > atol * max(1.0, before.abs().max().item()):
-                return Finding(False, f"not causal: outputs before {i} change by \u27e8{leak:.2g}\u27e9 with later inputs")
+                said = f"outputs before {i} change by \u27e8{leak:.2g}\u27e9 with later inputs"
+                return Finding(False, f"not causal: {said}")
     return Finding(True, "causal: earlier outputs do not change with later inputs")
 
 

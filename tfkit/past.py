@@ -257,7 +257,7 @@ def looks_back(attend: Callable) -> float | None:
 
 
 def step_by_step(step: Callable, x: Tensor, state: State) -> Tensor:
-    """The tokens of x (b, n, d) one by one: step(token, past) -> (y, past), where past is a tuple of tensors or None."""
+    """The tokens of x (b, n, d) one by one: step(token, past) -> (y, past), past a tuple of tensors or None."""
     past, found = tuple(state.values()) or None, [x[:, :0]]
     for token in x.split(1, 1) if x.shape[1] else ():
         y, past = step(token, past)

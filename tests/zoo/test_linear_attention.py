@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
+from tfkit.past import remember
 from tfkit.zoo import linear_attention as z
 from tfkit.zoo.attention import (
     MultiHeadAttention,
@@ -18,7 +19,6 @@ from tfkit.zoo.attention import (
     causal_mask,
     padding_mask,
 )
-from tfkit.past import remember
 
 SIZES = [(2, 4, 7, 8), (1, 2, 12, 4), (3, 1, 70, 6)]  # batch, heads, tokens, head width
 sizes = pytest.mark.parametrize("b, h, n, e", SIZES)

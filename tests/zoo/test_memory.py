@@ -479,7 +479,10 @@ def test_mechanisms_are_causal(name):
 
 
 def test_atlas_layer_gives_each_gate_its_own_work(seed):
-    layer, x = z.AtlasMemory(16, 2, 3, 4, features=IDENTITY, optimize=IDENTITY).double(), torch.randn(2, 11, 16).double()
+    layer, x = (
+        z.AtlasMemory(16, 2, 3, 4, features=IDENTITY, optimize=IDENTITY).double(),
+        torch.randn(2, 11, 16).double(),
+    )
     with torch.no_grad():
         layer.to_gates.bias.normal_(), layer.to_gates.weight.mul_(3)
     q, k, v = layer.project(x)
@@ -496,8 +499,10 @@ def test_atlas_layer_gives_each_gate_its_own_work(seed):
 def test_trams_chooses_in_each_head_by_itself(seed):
     layer, x, memory = randomized(z.XLAttention(16, 2)), torch.randn(1, 3, 16), torch.randn(1, 9, 16)
     score = z.norm_score(z.memory_keys(layer, memory))  # (1, 2, 9)
-    mask = lambda score: torch.zeros(1, 2, 1, 12, dtype=torch.bool).index_fill(-1, torch.arange(9, 12), True).scatter(
-        -1, score.topk(3, -1).indices[:, :, None], True
+    mask = lambda score: (
+        torch.zeros(1, 2, 1, 12, dtype=torch.bool)
+        .index_fill(-1, torch.arange(9, 12), True)
+        .scatter(-1, score.topk(3, -1).indices[:, :, None], True)
     )
     assert torch.allclose(z.SelectedMemory(layer, 3, z.norm_score)(x, memory), layer(x, memory, mask(score)), atol=1e-6)
     averaged = score.mean(1, keepdim=True).expand_as(score)
@@ -528,7 +533,11 @@ def test_gated_delta_rule_is_the_recurrence(n, chunk, seed):
     assert contracts.reduces_to(ours, loop, q, k, v, fade, rate, start, atol=1e-8)
     exact, _ = z.gated_delta_rule(k, k, v, fade, 1 + 0 * rate, start, chunk)
     assert torch.allclose(exact, v)  # at rate 1 the key just read gives its value
-    assert not torch.allclose(z.gated_delta_rule(q, k, v, 0 * fade, rate, start, chunk)[0], loop(q, k, v, fade, rate, start)[..., : n * 3].view(2, 2, n, 3), atol=1e-3)
+    assert not torch.allclose(
+        z.gated_delta_rule(q, k, v, 0 * fade, rate, start, chunk)[0],
+        loop(q, k, v, fade, rate, start)[..., : n * 3].view(2, 2, n, 3),
+        atol=1e-3,
+    )
 
 
 def test_gated_delta_layer_starts_by_keeping_and_refuses_no_chunk():
@@ -577,7 +586,10 @@ def test_a_text_in_pieces_is_the_whole_text(name, cuts):
 
 
 def test_models_with_states_to_hand_on_refuse_pieces():
-    for make, reason in ((lambda: model(4), "where a text is cut"), (lambda: z.SelectedMemory(z.XLAttention(8, 2), 2), "given")):
+    for make, reason in (
+        (lambda: model(4), "where a text is cut"),
+        (lambda: z.SelectedMemory(z.XLAttention(8, 2), 2), "given"),
+    ):
         with pytest.raises(ValueError, match=reason), remember(make()):
             pass
     for name in ("segments", "omega"):

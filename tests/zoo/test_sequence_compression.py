@@ -315,7 +315,9 @@ def test_phd_transformer_memory_of_originals(seed, pieces):
             for piece in ids.split(pieces, 1):
                 found.append(model(piece, start=start))
                 start += piece.shape[1]
-            assert past.numbers() == 2 * 2 * 2 * 9 * 16, "originals alone: keys and values, layers, texts, tokens, width"
+            assert past.numbers() == 2 * 2 * 2 * 9 * 16, (
+                "originals alone: keys and values, layers, texts, tokens, width"
+            )
     assert worst(torch.cat(found, 1), whole) < 1e-5
     with pytest.raises(ValueError, match="its window of 2 needs hidden copies"):
         with remember(z.PHDLanguageModel(20, 16, 2, 1, copies=3, make=partial(z.HiddenDecoding, window=2))):

@@ -24,8 +24,8 @@ from tfkit.zoo.positions import Alibi, Rotary
 from tfkit.zoo.transformer import (
     Block,
     CharacterFrontEnd,
-    DropPath,
     DecoderBlock,
+    DropPath,
     EncoderDecoder,
     FeedForward,
     FourierMixing,
@@ -455,7 +455,7 @@ def test_translation_makes_the_keys_of_its_source_once():
     assert len(calls) == len(model.decoder.blocks)
     ids = found[:, :1]
     with torch.no_grad():
-        for t in range(1, found.shape[1]):
+        for _ in range(1, found.shape[1]):
             ids = torch.cat([ids, model(source, ids)[:, -1:].argmax(-1)], 1)
             stop = (ids[:, :-1] == 2).any(1)
             ids[stop, -1] = 2
