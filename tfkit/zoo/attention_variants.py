@@ -118,7 +118,7 @@ def grouped_rotary_attention(
     """
     layer = GroupedQueryAttention(width, heads, groups, bias=False)
     e = layer.head_width
-    layer.attend = Rotary(e, Causal(grouped_attention), rotary_speeds(e, base))
+    layer.attend = Rotary(e, causal_attention, rotary_speeds(e, base))
     return layer
 
 
@@ -819,7 +819,7 @@ def _layer(make: Callable[..., nn.Module], *sizes: int, **parts) -> Callable[[],
 
 _causal = {"attend": causal_attention, "bias": False}
 _attend = lambda attend: {"attend": attend, "bias": False}
-_grouped, _sink = Causal(grouped_attention), SinkLogit(4, 4.0, causal_attention)
+_grouped, _sink = causal_attention, SinkLogit(4, 4.0, causal_attention)
 mechanisms = {
     "plain attention": _layer(MultiHeadAttention, 4, **_causal),
     "grouped-query": _layer(GroupedQueryAttention, 4, 2, **_attend(_grouped)),
