@@ -225,3 +225,25 @@ def names_once(chapter: Chapter) -> Iterator[str]:
     for name, modules in exports(chapter.root).items():
         if chapter.topic in modules[1:]:
             yield f"{name} is exported by tfkit.zoo.{modules[0]} too, which comes earlier"
+
+
+@chapter_rule(
+    "call the demonstration's own variable otherwise: every class of the chapter that uses the import finds it instead",
+    add("from math import pi\n\npi = 3"),
+)
+def imports_stay(chapter: Chapter) -> Iterator[str]:
+    """No cell binds a name anew that a cell imports: in the notebook exported code would use the one for the other."""
+    imports = set()
+    for cell in chapter.code:
+        for node in ast.parse(runnable(cell["source"])).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imports |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            else:
+                own = isinstance(node, ast.FunctionDef | ast.ClassDef)
+                inside = [node] if own or isinstance(node, ast.Expr) else ast.walk(node)
+                bound = (
+                    {node.name}
+                    if own
+                    else {n.id for n in inside if isinstance(getattr(n, "ctx", None), ast.Store) and hasattr(n, "id")}
+                )
+                yield from (f"{where(cell)} binds {name} anew, which is imported" for name in sorted(bound & imports))
