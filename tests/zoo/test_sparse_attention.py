@@ -174,7 +174,7 @@ def test_sparse_transformer_patterns(seed, b, h, n, e):
         near = z.pattern(z.causal_window_rule(stride + 1), n)
         far = z.pattern(lambda i, j, step=stride: (j <= i) & ((i - j) % step == 0), n)
         masks = torch.stack([near] * (h // 2) + [far] * (h // 2))
-        assert contracts.reduces_to(z.strided_heads(stride), partial(attention, mask=masks), q, k, v)
+        assert contracts.reduces_to(z.strided_heads(stride), partial(attention, mask=masks[None]), q, k, v)
         assert torch.equal(far.float() @ near.float() > 0, causal_mask(n)), "two steps reach everything"
         assert torch.equal(near.float() @ far.float() > 0, causal_mask(n))
     for block, columns in ((4, 1), (5, 2), (3, 3), (n, 1)):

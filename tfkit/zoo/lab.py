@@ -269,14 +269,15 @@ def sentence(error: Exception) -> str:
 
 # %% notebooks/90_lab.ipynb
 def is_candidate(thing: object) -> bool:
-    """A module class, a function that returns a module, or one of q and k."""
+    """A module class, a function that returns a module, or one of q and k to tensors."""
     if isinstance(thing, type):
         return issubclass(thing, nn.Module)
     if not inspect.isfunction(thing):
         return False
     made, names = inspect.signature(thing).return_annotation, required(thing)
     builds = isinstance(made, type) and issubclass(made, nn.Module) and names
-    return bool(builds) or [p.name for p in names[:2]] == ["q", "k"]
+    of_q_and_k = [p.name for p in names[:2]] == ["q", "k"] and made is not bool
+    return bool(builds) or of_q_and_k
 
 # %% notebooks/90_lab.ipynb
 def tried(module: str, name: str, target: Callable) -> Part:
