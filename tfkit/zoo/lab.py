@@ -269,7 +269,7 @@ def sentence(error: Exception) -> str:
 
 # %% notebooks/90_lab.ipynb
 def is_candidate(thing: object) -> bool:
-    """A module class, a function that returns a module, or one of q and k to tensors."""
+    """A module class, a function that returns a module, or a tensor from q and k."""
     if isinstance(thing, type):
         return issubclass(thing, nn.Module)
     if not inspect.isfunction(thing):
