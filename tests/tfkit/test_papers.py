@@ -36,12 +36,6 @@ def test_pages_of_papers_are_identifiers_of_their_year():
         assert found and abs(2000 + int(found[1]) - row.year) <= 1, row
 
 
-def test_the_total_in_the_readme_is_that_of_the_table():
-    readme = P.HERE.parent / "README.md"
-    if readme.exists():  # not where only the package is installed
-        assert re.search(r"(\d+) papers", readme.read_text(encoding="utf-8"))[1] == str(len(P.papers()))
-
-
 def test_every_row_is_complete():
     rows = (P.HERE / "papers.csv").read_text(encoding="utf-8").splitlines()[1:]
     table = P.papers()
