@@ -1,7 +1,7 @@
 """Which chapters a rule does not bind yet: those that stood before it and have not been reworked since.
 
-A chapter that keeps a rule must leave this list, and test_rules.py says so. A new chapter is listed for its cost at most,
-until that has been cut.
+A chapter that keeps a rule must leave this list, and test_rules.py says so. A new chapter is listed for its cost at
+most, until that has been cut.
 """
 
 EXEMPT = {

@@ -23,6 +23,7 @@ from tfkit.zoo import lab
 from tfkit.zoo.attention import MultiHeadAttention, attention, causal_attention
 from tfkit.zoo.lab import SLOTS, Choice, Run, Sizes
 from tfkit.zoo.positions import Alibi, Rotary
+from tfkit.zoo.sparse_attention import LSHAttention
 from tfkit.zoo.transformer import Block, FeedForward, FourierMixing, GatedConvolution, PreNorm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +202,28 @@ def test_left_out_gives_reasons():
 )
 def test_a_slot_is_what_a_module_does(make, slot):
     assert lab.slot_of(make()) == slot
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_chance_decides_nothing(seed):
+    """Workers of a test run must find the same parts, whatever was drawn before."""
+
+    class Coin(nn.Module):
+        """Looks back or not, by a draw."""
+
+        def __init__(self):
+            super().__init__()
+            self.back = bool(torch.rand(()) < 0.5)
+            self.map = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.map(x.cumsum(1) if self.back else x)
+
+    torch.manual_seed(seed)
+    found = lab.Catalogue({slot: {} for slot in (*SLOTS, "weigh")}, {})
+    part = found.admit("own", partial(lab.tried, "own", "Coin", Coin))
+    assert part.slot == "mixer"
+    assert lab.slot_of(LSHAttention(64, 4)) == "mixer", "one pair of tokens in a bucket is enough"
 
 
 @pytest.mark.parametrize(
