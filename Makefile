@@ -1,6 +1,6 @@
 # Two commands do everything: `make lab` and `make test`. `make` alone lists the others.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fresh test test-portable test-browser export chapter run check times reseed assignment book lint bench arena readme clean
+.PHONY: help setup lab fresh test test-portable test-browser export chapter run check times reseed assignment grade book lint bench arena readme clean
 PYTHON ?=
 # TORCH=cpu installs torch without CUDA (Linux); cu126, auto, ... as uv's --torch-backend takes them.
 TORCH ?=
@@ -54,6 +54,9 @@ reseed: setup  ## which claims of a chapter fail when every seed is another one:
 
 assignment: setup  ## a chapter as coursework for nbgrader, with and without solutions: make assignment NB=01
 	@$(BIN)/python -m tfkit.authoring assignment $(NB)
+
+grade: setup  ## grades and feedback for a course folder: make grade FOLDER=mycourse (NB=01_attention JOBS=4 LIMIT=300)
+	@$(BIN)/python -m tfkit.authoring grade "$(FOLDER)" $(NB) --jobs $(or $(JOBS),0) --limit $(or $(LIMIT),0)
 
 book: setup  ## build the web site of all chapters in build/book, from stored outputs
 	@$(BIN)/python -m tfkit.authoring book

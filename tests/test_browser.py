@@ -162,6 +162,7 @@ def test_a_reader_runs_the_first_chapter_and_moves_a_slider(server, page):
     menu(page, "Run", "Run All Cells")
     done = wait(page, lambda state: state["ready"] and (all(state["counts"]) or state["wrong"]), 300)
     assert not done["wrong"], "\n".join(done["wrong"])
+    assert "Validate" not in page.locator(".jp-NotebookPanel-toolbar").first.inner_text(), "nbgrader's button"
 
     area = page.locator(".jp-Cell-outputArea", has=page.locator('[role="slider"]')).first
     slider, picture = area.locator('[role="slider"]').first, area.locator("img")

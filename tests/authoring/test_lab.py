@@ -140,3 +140,14 @@ def test_the_copies_lie_where_links_lead_on_and_git_does_not_look():
     if ignored.returncode == 128:
         pytest.skip("this is no git checkout")
     assert ignored.returncode == 0
+
+
+def test_readers_see_nothing_of_the_grading_tools():
+    """nbgrader is installed for authors, and puts a Validate button on each notebook and tabs beside it."""
+    config = pytest.importorskip("jupyterlab_server.config")
+    from jupyter_core.paths import jupyter_path
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (settings,) = set(re.findall(r"app_settings_dir=(\S+)", makefile))
+    page = config.get_page_config(jupyter_path("labextensions"), app_settings_dir=ROOT / settings)
+    assert "@jupyter/nbgrader" in page["disabledExtensions"]

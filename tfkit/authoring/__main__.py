@@ -8,6 +8,7 @@ reseed 11 --seeds 5    which claims fail when every seed is another one, into no
 portable [PATH]        kernel tests, zoo tests and notebooks as on other processors
 readme                 the generated tables
 assignment 01          a chapter as coursework
+grade FOLDER           grades and feedback for what students handed in
 book                   the web site
 lab                    the reader's own copies of the chapters, made or refreshed
 fresh 01               ... one of them started anew
@@ -114,6 +115,14 @@ def assignment(given) -> None:
             print(written.relative_to(ROOT))
 
 
+def grade(given) -> None:
+    from tfkit.authoring import grading
+
+    folder, *names = given.names or sys.exit("which course? make grade FOLDER=mycourse")
+    for line in grading.grade_course(folder, given.jobs, given.limit, names):
+        print(line, flush=True)
+
+
 def book(given) -> None:
     from tfkit.authoring.book import build
 
@@ -134,7 +143,7 @@ def fresh(given) -> None:
 
 COMMANDS = {
     f.__name__: f
-    for f in (chapter, export, run, check, times, reseed, portable, readme, assignment, book, lab, fresh)
+    for f in (chapter, export, run, check, times, reseed, portable, readme, assignment, grade, book, lab, fresh)
 }
 
 
@@ -143,8 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tfkit.authoring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("names", nargs="*", help="chapter numbers or names; for `portable` the tests to run")
+    parser.add_argument("names", nargs="*", help="chapter numbers or names; for `portable` tests; for `grade` a folder")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds `reseed` tries")
+    parser.add_argument("--jobs", type=int, default=0, help="how many students `grade` runs at a time; else one a core")
+    parser.add_argument("--limit", type=float, default=0, help="seconds that `grade` gives a cell; else by the chapter")
     parser.add_argument("--title", default="", help="of a new chapter; else its name")
     parser.add_argument("--part", default="", help="of the course in which a new chapter stands; else that before it")
     given = parser.parse_args(arguments)
