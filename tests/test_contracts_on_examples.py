@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tfkit.zoo
 from tfkit.contracts import causal, gradients_reach
 from tfkit.past import remember
-from tfkit.zoo.attention import MultiHeadAttention, padding_mask
+from tfkit.zoo.attention import MultiHeadAttention, Reader, padding_mask, watch
 from tfkit.zoo.transformer import generate, language_model
 
 ZOO = tfkit.zoo.__path__
@@ -217,6 +217,7 @@ TEXTS, TOKENS, WIDTH, BLOCKS = 2, 128, 64, 2
 KEEPS = {  # how many numbers a text of n tokens leaves, where it is not as many as keys and values, or more
     "constant": """Generative GenerativeWithContext CausalWindow causal_feature_attention causal_log_feature_attention
     AFT AtlasMemory GatedDelta S4D LegendreMemoryUnit RunningMean ShortConvolution MambaMixer segment_memory
+    Mamba2Mixer GatedLinearAttention state_spaces-Mamba-2 state_spaces-gated_linear_attention
     compressed_memory linear_attention-linear linear_attention-Performer linear_attention-cosFormer
     linear_attention-Taylor,_16_heads linear_attention-AFT-simple linear_attention-AFT-local
     sparse_attention-causal_window memory-segment_memory memory-compressed_memory memory-delta_rule memory-omega_rule
@@ -399,6 +400,38 @@ def test_padding_leaks_nothing(f, inputs):
     assert torch.isfinite(y).all(), "a text of padding alone makes NaN"
     y.square().sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in f.parameters()), "NaN in the gradients"
+
+
+class Counted:
+    """An attend function that counts its calls, and is else the same."""
+
+    def __init__(self, attend):
+        self.attend, self.calls = attend, 0
+
+    def __call__(self, *given, **named):
+        self.calls += 1
+        return self.attend(*given, **named)
+
+    def __getattr__(self, name):
+        return getattr(self.attend, name)
+
+
+@held("watch")
+def test_watch_sees_every_call_of_attend(f, inputs):
+    """Each time a layer asks its attend function, whoever watches it is asked first."""
+    layers = {name: m for name, m in f.named_modules() if isinstance(m, Reader)}
+    if not layers:
+        pytest.skip("no attention layer")
+    for layer in layers.values():
+        vars(layer)["attend"] = Counted(layer.attend)  # in front of a submodule or a method of this name
+    seen = dict.fromkeys(layers, 0)
+
+    def count(name, what):
+        seen[name] += 1
+
+    with torch.no_grad(), watch(f, count):
+        f(*inputs)
+    assert seen == {name: layer.attend.calls for name, layer in layers.items()}
 
 
 @held("masks")

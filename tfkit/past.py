@@ -39,8 +39,8 @@ class State(dict):
 
     def __init__(self):
         super().__init__()
-        # A larger tensor, what of it is in use, and where that ends.
-        self._room: dict[str, tuple[Tensor, Tensor, int]] = {}
+        # A larger tensor or None, what of it is in use, and where that ends.
+        self._room: dict[str, tuple[Tensor | None, Tensor, int]] = {}
 
     def append(self, name: str, piece: Tensor, dim: int = -2, most: float = math.inf) -> Tensor:
         """What was kept under `name` and then `piece`, along axis `dim`; of both the last `most` are kept.
@@ -48,8 +48,7 @@ class State(dict):
         Without gradients the piece is written into room that doubles when it is full, so a token costs no copy of
         what was there. Raises ValueError when the other axes differ (such as another batch), or the dtype or device.
         """
-        dim = dim % piece.ndim
-        past = self.get(name)
+        dim, past = dim % piece.ndim, self.get(name)
         if past is None:
             past = piece.narrow(dim, 0, 0)
         fits = past.shape[:dim] == piece.shape[:dim] and past.shape[dim + 1 :] == piece.shape[dim + 1 :]
@@ -59,27 +58,25 @@ class State(dict):
                 f"{tuple(piece.shape)} ({piece.dtype}, {piece.device}); only axis {dim} may differ"
             )
         if torch.is_grad_enabled():  # autograd may need the old tensor as it was
-            whole = torch.cat([past, piece], dim)
+            room, end, whole = None, 0, torch.cat([past, piece], dim)
         else:
-            whole = self._written(name, past, piece, dim)
-        kept = min(most, whole.shape[dim])
-        self[name] = whole.narrow(dim, whole.shape[dim] - kept, kept)
-        if name in self._room:
-            room, _, end = self._room[name]
-            self._room[name] = room, self[name], end
+            room, end, whole = self._written(name, past, piece, dim)
+        found = whole.shape[dim]
+        kept = whole if found <= most else whole.narrow(dim, found - most, most)
+        self[name], self._room[name] = kept, (room, kept, end)
         return whole
 
-    def _written(self, name: str, past: Tensor, piece: Tensor, dim: int) -> Tensor:
+    def _written(self, name: str, past: Tensor, piece: Tensor, dim: int) -> tuple[Tensor, int, Tensor]:
         m, n = past.shape[dim], piece.shape[dim]
         room, last, end = self._room.get(name, (None, None, 0))
-        if last is not past or end + n > room.shape[dim] or room.is_inference() != torch.is_inference_mode_enabled():
+        fresh = room is None or last is not past or end + n > room.shape[dim]
+        if fresh or room.is_inference() != torch.is_inference_mode_enabled():
             shape = list(piece.shape)
             shape[dim], end = max(2 * (m + n), 64), m
             room = piece.new_empty(shape)
             room.narrow(dim, 0, m).copy_(past)
         room.narrow(dim, end, n).copy_(piece)
-        self._room[name] = room, past, end + n
-        return room.narrow(dim, end - m, m + n)
+        return room, end + n, room.narrow(dim, end - m, m + n)
 
 
 class Past:
@@ -95,9 +92,12 @@ class Past:
                 f"{type(layer).__name__} was called outside a pass through the remembered {type(self.model).__name__}; "
                 f"remember the part that you call"
             )
-        place = (layer, self.asked[layer])
-        self.asked[layer] += 1
-        return self.states.setdefault(place, State())
+        count = self.asked[layer]
+        self.asked[layer] = count + 1
+        found = self.states.get((layer, count))
+        if found is None:
+            found = self.states[layer, count] = State()
+        return found
 
     def begin(self, *_) -> None:
         """A pass begins, unless this is a pass within a pass: every layer's questions are counted anew."""
@@ -215,8 +215,8 @@ def with_past(
     back = None if state is None else looks_back(attend)
     if not back:
         return k, v, mask
-    before, n = state["k"].shape[-2] if "k" in state else 0, k.shape[-2]
-    k, v = state.append("k", k, most=back), state.append("v", v, most=back)
+    n, (k, v) = k.shape[-2], _with_earlier(state, k, v, back)
+    before = k.shape[-2] - n
     if mask is None and state.get("masked"):
         raise ValueError(f"earlier pieces came with masks for all keys, so this one needs its own, for {before + n}")
     if mask is not None and (mask.shape[-2] != 1 or mask.shape[-1] != n):  # it speaks of all keys
@@ -231,6 +231,14 @@ def with_past(
     if "real" not in state and before:
         state.append("real", mask.new_ones(*mask.shape[:-1], before), dim=-1, most=back)
     return k, v, state.append("real", mask, dim=-1, most=back)
+
+
+def _with_earlier(state: State, k: Tensor, v: Tensor, back: float) -> tuple[Tensor, Tensor]:
+    """Earlier keys and values in front of these; in one tensor where they fit, so that a token is written once."""
+    if k.shape[:-1] == v.shape[:-1] and k.dtype == v.dtype:
+        both = state.append("kv", torch.cat([k, v], -1), most=back)
+        return both.split([k.shape[-1], v.shape[-1]], -1)
+    return state.append("k", k, most=back), state.append("v", v, most=back)
 
 
 def looks_back(attend: Callable) -> float | None:

@@ -97,6 +97,29 @@ def test_append_neither_copies_per_token_nor_shows_what_it_may_not():
         assert state.append("x", torch.zeros(2, 1, 3), dim=1)[0, :, 0].tolist() == [697, 698, 699, 700, 0]
 
 
+def test_append_with_and_without_gradients_in_turn():
+    state, x = State(), torch.randn(2, 9, 3)
+    for t, wanted in enumerate((False, True, False, False, True, True, False, False, False)):
+        with torch.set_grad_enabled(wanted):
+            assert torch.equal(state.append("x", x[:, t : t + 1], dim=1), x[:, : t + 1])
+
+
+@pytest.mark.parametrize("width", [0, 3, 5])
+def test_keys_and_values_are_written_together(width):
+    layer, attend = nn.Identity(), lambda q, k, v: None
+    attend.looks_back = 4
+    k, v, model = torch.randn(2, 2, 9, 3), torch.randn(2, 2, 9, width), nn.Sequential(layer)
+    for given in (v, v[:, :1]):  # values of another number of heads have a place of their own
+        with torch.no_grad(), remember(model) as past:
+            for t in range(9):
+                past.asked.clear()
+                past.depth = 1
+                found = with_past(layer, attend, k[:, :, t : t + 1], given[:, :, t : t + 1])
+                assert torch.equal(found[0], k[:, :, max(t - 4, 0) : t + 1])
+                assert torch.equal(found[1], given[:, :, max(t - 4, 0) : t + 1])
+            assert past.numbers() == 4 * (k[:, :, 0].numel() + given[:, :, 0].numel())
+
+
 def test_append_refuses_another_batch():
     state = State()
     state.append("k", torch.zeros(2, 4, 1, 3))

@@ -372,6 +372,26 @@ def test_differential_equals_diffllama(seed, index):
     assert not contracts.agree(make(index + 2), published(theirs, 7, 8), x, atol=1e-3)
 
 
+@pytest.mark.parametrize("heads, groups", [(4, 1), (4, 2), (6, 3), (2, 2)])
+def test_differential_pairs_may_share_their_keys(seed, heads, groups):
+    e, times = 4, heads // groups
+    layer = randomized(z.DifferentialAttention(2 * heads * e, heads, 2, groups=groups, **CAUSAL))
+    full = z.DifferentialAttention(2 * heads * e, heads, 2, **CAUSAL)  # with a copy of the keys for each pair
+    q, k, v = layer.to_qkv.weight.split([2 * heads * e, 2 * groups * e, 2 * groups * e])
+    copied = lambda t: t.unflatten(0, (groups, 2 * e)).repeat_interleave(times, 0).flatten(0, 1)
+    weights = {**layer.state_dict(), "to_qkv.weight": torch.cat([q, copied(k), copied(v)])}
+    full.load_state_dict(weights)
+    x, mask = torch.randn(2, 7, 2 * heads * e), torch.rand(2, 2 * heads, 7, 7) > 0.3
+    assert contracts.agree(layer, full, x)
+    assert contracts.agree(partial(layer, mask=mask), partial(full, mask=mask), x)
+    torch.testing.assert_close(layer.maps(x), full.maps(x))
+    assert layer.project(x)[1].shape == (2, 2 * groups, 7, e)
+    with pytest.raises(ValueError, match=f"{heads} pairs.*{heads + 1}"):
+        z.DifferentialAttention(2 * heads * e, heads, groups=heads + 1)
+    with pytest.raises(ValueError, match=r"\[4, 4, 1\]"):
+        z.differential_attention(*torch.randn(2, 1, 4, 3, 2).unbind(0), torch.randn(1, 1, 3, 4), 0.5)
+
+
 @pytest.mark.parametrize("heads, rank", [(2, 1), (2, 3), (3, 2)])
 def test_shared_diff_without_updates_is_scaled_attention(seed, heads, rank):
     layer, x = z.SharedDifferentialAttention(24, heads, rank, layer=3), torch.randn(2, 7, 24)

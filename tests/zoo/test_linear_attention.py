@@ -156,10 +156,11 @@ def test_performer_is_right_for_entries_of_any_size(seed, size, chunk):
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("features", [1, 4])
 @pytest.mark.parametrize("n, chunk", [(1, 4), (7, 4), (16, 4), (50, None)])
-def test_fading_sums_are_the_recurrence(seed, n, chunk):
+def test_fading_sums_are_the_recurrence(seed, n, chunk, features):
     q, k, v = torch.randn(3, 2, 3, n, 4, dtype=torch.float64).unbind(0)
-    fade, start = -3 * torch.rand(2, 3, n, 1, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    fade, start = -3 * torch.rand(2, 3, n, features).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def loop(q, k, v, fade, state):
         outs = []
@@ -175,6 +176,12 @@ def test_fading_sums_are_the_recurrence(seed, n, chunk):
     assert contracts.reduces_to(ours, loop, q, k, v, fade, start, atol=1e-8)
     still, _ = z.fading_sums(q, k, v, 0 * fade, start, chunk)
     assert torch.allclose(still, z.causal_sums(q, k, v, start, chunk)[0])
+    assert contracts.reduces_to(ours, loop, q, k, v, 400 * fade, start, atol=1e-8)  # nothing overflows
+    one = q[:, :1], k[:, :1]  # queries and keys of one head serve all
+    copied = z.fading_sums(*(t.expand_as(v) for t in one), v, fade, start, chunk)[0]
+    assert torch.allclose(z.fading_sums(*one, v, fade, start, chunk)[0], copied)
+    with pytest.raises(ValueError, match="4 features.*2 rates"):
+        z.fading_sums(q, k, v, fade[..., :1].expand(-1, -1, -1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------ cosFormer

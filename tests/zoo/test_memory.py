@@ -10,7 +10,7 @@ from torch import nn
 from tfkit import contracts
 from tfkit.past import remember
 from tfkit.zoo import memory as z
-from tfkit.zoo.attention import causal_mask, padding_mask
+from tfkit.zoo.attention import causal_mask, padding_mask, watch
 from tfkit.zoo.transformer import SinusoidalPositions
 
 IDENTITY = z.as_it_is
@@ -538,6 +538,30 @@ def test_gated_delta_rule_is_the_recurrence(n, chunk, seed):
         loop(q, k, v, fade, rate, start)[..., : n * 3].view(2, 2, n, 3),
         atol=1e-3,
     )
+
+
+@pytest.mark.parametrize("n", [1, 21, 40])
+def test_gated_delta_rule_equals_the_one_of_qwen3_next(n):
+    code = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    torch.manual_seed(n)
+    q, k, v = torch.randn(2, 3, n, 8), F.normalize(torch.randn(2, 3, n, 8), dim=-1), torch.randn(2, 3, n, 5)
+    fade, rate = -torch.rand(2, 3, n), torch.rand(2, 3, n)
+    given = [t.transpose(1, 2) for t in (q * 8**0.5, k, v, fade, rate)]  # theirs divides queries by the root of e
+    theirs, state = code.torch_recurrent_gated_delta_rule(*given, output_final_state=True)
+    ours, last = z.gated_delta_rule(q, k, v, fade, rate)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(last, state, atol=1e-5, rtol=1e-4)
+
+
+def test_maps_of_relative_attention_are_what_it_reads_by():
+    layer, x, memory = randomized(z.XLAttention(16, 2)), torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    for layer.table in (512, 0):  # with a table, and without
+        with watch(layer) as seen:
+            y = layer(x, memory)
+        pattern, v = seen[""].pattern, seen[""].v
+        assert pattern.shape == (2, 2, 5, 8) and not pattern[..., 3:].triu(1).any()
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 2, 5))
+        torch.testing.assert_close(layer.to_out((pattern @ v).transpose(1, 2).flatten(2)), y)
 
 
 def test_gated_delta_layer_starts_by_keeping_and_refuses_no_chunk():

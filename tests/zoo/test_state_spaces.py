@@ -319,6 +319,80 @@ def test_mamba_equals_transformers(seed, n):
         assert not torch.allclose(ours.stack(ours.embed(ids)), hidden, atol=1e-3)
 
 
+def dual_loop(x, delta, a, b, c, state):
+    outs = []
+    for t in range(x.shape[1]):
+        new = torch.einsum("bs,bhe->bhse", b[:, t], delta[:, t, :, None] * x[:, t])
+        state = (delta[:, t] * a).exp()[..., None, None] * state + new
+        outs.append(torch.einsum("bs,bhse->bhe", c[:, t], state))
+    return torch.cat([torch.stack(outs, 1).flatten(1), state.flatten(1)], 1)
+
+
+@pytest.mark.parametrize("n, chunk", [(1, 4), (7, 4), (16, 8), (37, None)])
+def test_state_space_dual_is_its_recurrence(seed, n, chunk):
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+    x, delta, a = random(2, n, 3, 5), random(2, n, 3).abs(), -random(3).exp()
+    b, c, state = random(2, n, 4), random(2, n, 4), random(2, 3, 4, 5)
+    ours = lambda *given: torch.cat([t.flatten(1) for t in z.state_space_dual(*given, chunk)], 1)
+    assert contracts.reduces_to(ours, dual_loop, x, delta, a, b, c, state, atol=1e-8)
+    fixed = lambda delta: ours(x, delta, a, b, c, state)
+    assert not torch.allclose(fixed(delta), fixed(delta.mean(-1, keepdim=True).expand_as(delta)), atol=1e-3)
+
+
+def mamba2_pair(n_heads=4):
+    transformers = pytest.importorskip("transformers")
+    code = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    config = transformers.Mamba2Config(
+        hidden_size=32, num_heads=n_heads, head_dim=64 // n_heads, state_size=8, n_groups=1, expand=2, chunk_size=8,
+        num_hidden_layers=1, layer_norm_epsilon=1e-5,
+    )  # fmt: skip
+    theirs, ours = code.Mamba2Mixer(config, 0).eval(), z.Mamba2Mixer(32, n_heads, states=8).eval()
+    names = {"into.weight": "in_proj.weight", "convolve.weight": "conv1d.weight", "convolve.bias": "conv1d.bias",
+             "valve": "dt_bias", "log_a": "A_log", "skip": "D", "norm.weight": "norm.weight",
+             "out.weight": "out_proj.weight"}  # fmt: skip
+    with torch.no_grad():
+        for own, other in names.items():
+            weight = theirs.get_parameter(other)
+            weight.add_(0.1 * torch.randn_like(weight))
+            ours.get_parameter(own).copy_(weight)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("n, heads", [(1, 4), (5, 1), (21, 4)])
+def test_mamba2_equals_transformers(seed, n, heads):
+    theirs, ours = mamba2_pair(heads)
+    x = torch.randn(2, n, 32)
+    assert contracts.agree(ours, theirs, x)
+    ours.skip.data.zero_()
+    assert not contracts.agree(ours, theirs, x, atol=1e-3)
+
+
+def test_mamba2_starts_with_slow_and_fast_heads():
+    layer = z.Mamba2Mixer(16, 32)
+    step, rate = F.softplus(layer.valve), layer.log_a.exp()
+    assert 0.001 <= step.min() and step.max() <= 0.1 and 1 <= rate.min() and rate.max() <= 16
+    with pytest.raises(ValueError, match="32.*5"):
+        z.Mamba2Mixer(16, 5)
+
+
+def test_gated_linear_attention_is_its_formula(seed):
+    layer, x = z.GatedLinearAttention(16, 2).double(), torch.randn(2, 23, 16, dtype=torch.float64)
+    heads = lambda t: t.unflatten(-1, (2, -1)).transpose(1, 2)
+    q, k, v = heads(layer.to_q(x)), heads(layer.to_k(x)), heads(layer.to_v(x))
+    alpha = heads(layer.to_fade(x).sigmoid() ** (1 / 16))
+    assert q.shape == k.shape == alpha.shape == (2, 2, 23, 4) and v.shape == (2, 2, 23, 8)
+    state, found = 0, []
+    for t in range(23):
+        state = alpha[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None]
+        read = (q[:, :, t, None] @ state)[:, :, 0] / 2
+        found.append(read / (read.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight)
+    y = torch.stack(found, 1).flatten(2) * F.silu(layer.to_gate(x))
+    torch.testing.assert_close(layer(x), y @ layer.out.weight.T)
+    assert alpha.min() > 0.8, "at first little is forgotten"
+    with pytest.raises(ValueError, match="18.*4"):
+        z.GatedLinearAttention(18, 2)
+
+
 def test_mamba_is_causal(seed):
     assert contracts.causal(z.mamba(20, 16, 2, states=3), torch.randint(20, (2, 8)))
 
@@ -466,6 +540,8 @@ LAYERS = {
     "lmu": lambda: z.LegendreMemoryUnit(16, order=5, window=20),
     "hyena": lambda: z.Hyena(16, length=40, order=3),
     "mamba": lambda: z.MambaMixer(16, states=4),
+    "mamba-2": lambda: z.Mamba2Mixer(16, 2, states=4),
+    "gla": lambda: z.GatedLinearAttention(16, 2),
     "avey": lambda: z.Avey(16, split=4, top=2, depth=2),
 }
 # numbers kept of b texts after n tokens; S4D's are complex, Hyena keeps its inputs, Avey all tokens
@@ -474,6 +550,8 @@ KEPT = {
     "lmu": lambda b, n: b * 5,
     "hyena": lambda b, n: b * (3 * 16 * n + 4 * 16 * min(n, 2)) + 1,
     "mamba": lambda b, n: b * (32 * 4 + 32 * min(n, 3)),
+    "mamba-2": lambda b, n: b * (32 * 4 + (32 + 2 * 4) * min(n, 3)),
+    "gla": lambda b, n: b * 2 * 4 * 8,
     "avey": lambda b, n: b * 16 * n,
 }
 layers = pytest.mark.parametrize("name", list(LAYERS))

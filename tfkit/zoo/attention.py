@@ -135,9 +135,9 @@ def causal_attention(
     """
     n, m = q.shape[-2], k.shape[-2]
     check_mask(mask, q, k)
-    if mask is None and bias is None and n == m:
+    if mask is None and bias is None and (n == m or n == 1 <= m):
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=shares_heads(q, k)
+            q, k, v, is_causal=n == m, scale=scale, enable_gqa=shares_heads(q, k)
         )
     if n == 1 <= m:                                    # the last token sees all keys
         return attention(q, k, v, mask, bias, scale)
@@ -260,10 +260,10 @@ class MultiHeadAttention(Reader):
         self.to_qkv = nn.Linear(width, 3 * heads * self.head_width, bias=bias)
         self.to_out = nn.Linear(heads * self.head_width, width, bias=bias)
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (b, h, n, e)."""
+    def project(self, x: Float[Tensor, "b n d"], mask=None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (b, h, n, e); who needs it uses the mask."""
         check_tokens(x)                                # below: (b, n, 3, h, e)
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_width))
+        qkv = self.to_qkv(x).view(*x.shape[:2], 3, self.heads, self.head_width)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three times (b, h, n, e)
 
     def forward(
@@ -271,14 +271,15 @@ class MultiHeadAttention(Reader):
         bias: Float[Tensor, "..."] | None = None, **given,
     ) -> Float[Tensor, "b n d"]:
         given |= {} if bias is None else {"bias": bias}
-        return self.to_out(merge_heads(self.read(*self.project(x), mask=mask, **given)))
+        found = self.read(*self.project(x, mask), mask=mask, **given)  # (b, h, n, e)
+        return self.to_out(merge_heads(found))
 
     def maps(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
         **given,
     ) -> Float[Tensor, "b h n n"]:
         """Where each head looks; the arguments are those of `forward`."""
-        return self.look(*self.project(x)[:2], mask, **given)
+        return self.look(*self.project(x, mask)[:2], mask, **given)
 
 # %% notebooks/01_attention.ipynb
 class CrossAttention(Reader):

@@ -100,7 +100,7 @@ class GroupedQueryAttention(MultiHeadAttention):
         self.groups, all_heads = groups, heads + 2 * groups
         self.to_qkv = nn.Linear(width, all_heads * self.head_width, bias=bias)
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Float[Tensor, "b n d"], mask=None) -> tuple[Tensor, ...]:
         """Queries (b, h, n, e), keys and values (b, g, n, e)."""
         h, g, e = self.heads, self.groups, self.head_width
         q, k, v = self.to_qkv(x).split([h * e, g * e, g * e], -1)
@@ -268,26 +268,40 @@ class GatedAttention(MultiHeadAttention):
         return self.to_out(heads * self.to_gate(x).sigmoid())
 
 # %% notebooks/09_attention_variants.ipynb
+def _pairs_of_keys(heads: int, groups: int | None) -> int:
+    groups = heads if groups is None else groups
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{heads} pairs of queries cannot share {groups} evenly")
+    return groups
+
+
 def _both_reads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attend):
     """What the first map of each pair reads from v, and the second: (b, h, n, c)."""
-    both = attend(q, k, v.repeat_interleave(2, 1), mask=mask)  # (b, 2 h, n, c)
-    return both.unflatten(1, (-1, 2)).unbind(2)
+    g, pairs = v.shape[1], q.shape[1] // k.shape[1]    # so many share a pair of keys
+    apart = lambda t: t.unflatten(1, (g, pairs, 2)).transpose(2, 3).flatten(1, 3)
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = apart(mask)                             # as the queries
+    both = attend(apart(q), k, v.repeat_interleave(2, 1), mask=mask)  # (b, 2 h, n, c)
+    first, second = both.unflatten(1, (g, 2, pairs)).unbind(2)
+    return first.flatten(1, 2), second.flatten(1, 2)
 
-
+# %% notebooks/09_attention_variants.ipynb
 def differential_attention(
-    q: Float[Tensor, "b hh n e"], k: Float[Tensor, "b hh m e"],
-    v: Float[Tensor, "b h m c"], lam: Float[Tensor, ""] | float,
+    q: Float[Tensor, "b hh n e"], k: Float[Tensor, "b gg m e"],
+    v: Float[Tensor, "b g m c"], lam: Float[Tensor, ""] | float,
     mask: Bool[Tensor, "..."] | None = None, attend=attention,
 ) -> Float[Tensor, "b h n c"]:
     """The difference of two attention maps, applied to v: (A_1 - lam A_2) v.
 
-    q and k have 2 h heads; heads 2i and 2i + 1 make the maps A_1 and A_2 of pair i.
-    Rows of the difference sum to 1 - lam. Raises ValueError when the heads are not
-    pairs for v. Source: "Differential Transformer", 2024.
+    q has 2 h heads and k has 2 g, v has g; heads 2i and 2i + 1 make the maps A_1 and
+    A_2 of pair i, and h / g neighboring pairs share a pair of keys and its value. Rows
+    of the difference sum to 1 - lam. Raises ValueError when the heads are not such
+    pairs. Source: "Differential Transformer", 2024.
     """
-    if not q.shape[1] == k.shape[1] == 2 * v.shape[1]:
+    if k.shape[1] != 2 * v.shape[1] or q.shape[1] % k.shape[1]:
         heads = [t.shape[1] for t in (q, k, v)]
-        raise ValueError(f"need twice as many heads in q and k as in v, got {heads}")
+        raise ValueError(f"need twice as many heads in k as in v, and as many or a "
+                         f"multiple in q; got {heads}")
     first, second = _both_reads(q, k, v, mask, attend)
     return first - lam * second
 
@@ -311,17 +325,20 @@ class DifferentialAttention(MultiHeadAttention):
     heads       pairs of maps: half as many as a plain layer of the same cost has heads
     layer       1, 2, ...: sets lambda_init
     attend      `attention`, `causal_attention`, or another; called once, with 2 h heads
+    groups      pairs of keys, each with one value; as many as heads by default
 
-    Raises ValueError when 2 heads do not divide width. Source: "Differential
-    Transformer", 2024.
+    Raises ValueError if sizes do not divide. Source: "Differential Transformer", 2024.
     """
 
     def __init__(
         self, width: int, heads: int, layer: int = 1, attend=attention,
-        bias: bool = False,
+        bias: bool = False, groups: int | None = None,
     ):
         super().__init__(width, 2 * heads, attend=attend, bias=bias)
         self.start, e = lambda_init(layer), self.head_width
+        self.groups = 2 * _pairs_of_keys(heads, groups)        # heads of keys
+        if self.groups != self.heads:
+            self.to_qkv = nn.Linear(width, (self.heads + 2 * self.groups) * e, bias)
         self.lambda_q = nn.Parameter(0.1 * torch.randn(2, e))
         self.lambda_k = nn.Parameter(0.1 * torch.randn(2, e))
         self.norm = nn.RMSNorm(2 * e, eps=1e-5)
@@ -331,10 +348,12 @@ class DifferentialAttention(MultiHeadAttention):
         first, second = (self.lambda_q * self.lambda_k).sum(-1).exp()
         return first - second + self.start
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (b, 2 h, n, e), values (b, h, n, 2 e)."""
-        q, k, v = super().project(x)
-        return q, k, v.unflatten(1, (-1, 2)).transpose(2, 3).flatten(-2)
+    def project(self, x: Float[Tensor, "b n d"], mask=None) -> tuple[Tensor, ...]:
+        """Queries (b, 2 h, n, e), keys (b, 2 g, n, e), values (b, g, n, 2 e)."""
+        check_tokens(x)
+        h, g, e = self.heads, self.groups, self.head_width
+        q, k, v = self.to_qkv(x).split([h * e, g * e, g * e], -1)
+        return split_heads(q, h), split_heads(k, g), split_heads(v, g // 2)
 
     def combine(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The heads before their norm: (b, h, n, c)."""
@@ -346,9 +365,7 @@ class DifferentialAttention(MultiHeadAttention):
         heads = self.norm(self.combine(*self.project(x), mask)) * (1 - self.start)
         return self.to_out(merge_heads(heads))
 
-    def maps(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
-    ) -> Float[Tensor, "b h n n"]:
+    def maps(self, x: Float[Tensor, "b n d"], mask=None) -> Float[Tensor, "b h n n"]:
         q, k, v = self.project(x)
         eye = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
         return self.combine(q, k, eye.expand(*v.shape[:-1], -1), mask)
@@ -375,7 +392,7 @@ class SharedDifferentialAttention(DifferentialAttention):
         self.down = nn.Parameter(torch.randn(2, heads, 2, width, rank) * width**-0.5)
         self.up = nn.Parameter(torch.randn(2, heads, 2, rank, e) * 0.02)
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Float[Tensor, "b n d"], mask=None) -> tuple[Tensor, ...]:
         """Queries and keys (b, 2 h, n, e), values (b, h, n, 2 e)."""
         check_tokens(x)
         h, e = self.heads // 2, self.head_width
@@ -779,14 +796,6 @@ class ConvolvedAttention(MultiHeadAttention):
         super().__init__(width, heads, attend=attend, bias=bias)
         convolution = lambda: CausalHeadConvolution(self.head_width, kernel)
         self.convolve = nn.ModuleList(convolution() for _ in range(3))
-
-    def forward(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
-        bias: Float[Tensor, "..."] | None = None, **given,
-    ) -> Float[Tensor, "b n d"]:
-        q, k, v = self.project(x, mask)
-        given |= {} if bias is None else {"bias": bias}
-        return self.to_out(merge_heads(self.read(q, k, v, mask=mask, **given)))
 
     def project(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None

@@ -615,7 +615,7 @@ class ValueResidual(MultiHeadAttention):
         k, v, mask = with_past(self, self.attend, k, v, mask)
         if not kept:
             kept.append(v)                             # inside `remember` with the past
-        return self.to_out(merge_heads(self.attend(q, k, v, mask=mask)))
+        return self.to_out(merge_heads(self.hand_over(q, k, v, mask, {})))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 class SharedValue(MultiHeadAttention):
@@ -635,7 +635,7 @@ class SharedValue(MultiHeadAttention):
     ) -> Float[Tensor, "b n d"]:
         q, k = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(2, -1))
         k, _, mask = with_past(self, self.attend, k, k[..., :0], mask)
-        return self.to_out(merge_heads(self.attend(q, k, kept[0], mask=mask)))
+        return self.to_out(merge_heads(self.hand_over(q, k, kept[0], mask, {})))
 
 # %% notebooks/06_depth_and_residuals.ipynb
 def resformer_stack(

@@ -268,14 +268,6 @@ class MultiDConvHeadAttention(MultiHeadAttention):
         start[-1] = 0.5
         self.kernel = nn.Parameter(start.repeat(3 * heads, self.head_width, 1))
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None,
-        bias: Float[Tensor, "..."] | None = None, **given,
-    ) -> Float[Tensor, "b n d"]:
-        q, k, v = self.project(x, mask)
-        given |= {} if bias is None else {"bias": bias}
-        return self.to_out(merge_heads(self.read(q, k, v, mask=mask, **given)))
-
     def project(
         self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
     ) -> tuple[Tensor, ...]:
@@ -718,9 +710,9 @@ class PartialCrossAttention(CrossAttention):
         self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"],
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        check_layer_mask(mask)
         q = split_heads(self.to_q(x), self.heads)                     # (b, h, n, e)
-        k, v = split_heads(self.to_kv(context), 2 * self.heads).chunk(2, 1)
-        y = self.attend(q, k, v, mask=mask)
+        y = self.hand_over(q, *self.keys(context), mask, {})
         return self.to_out(gated_parts(y, self.to_gate(x), self.feedforward))
 
 

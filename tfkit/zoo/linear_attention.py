@@ -269,28 +269,44 @@ def _hide_logs(k: Tensor, mask: Tensor | None) -> Tensor:
     return k + _hide(torch.ones_like(k[..., :1]), mask).log()
 
 # %% notebooks/11_linear_attention.ipynb
+def _faded(q: Tensor, k: Tensor, left: Tensor) -> Tensor:
+    """Scores (q_i e^(left_i - left_j)) . k_j for j <= i: (..., chunk, chunk)."""
+    size = left.shape[-2]
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    if left.shape[-1] == 1:
+        apart = (left - left.mT).masked_fill(later, -torch.inf)
+        return (q @ k.mT) * apart.exp()
+    apart = left.unsqueeze(-2) - left.unsqueeze(-3)            # (..., i, j, r)
+    apart = apart.masked_fill(later.unsqueeze(-1), -torch.inf)
+    return torch.einsum("...ir,...jr,...ijr->...ij", q, k, apart.exp())
+
+# %% notebooks/11_linear_attention.ipynb
 @in_float32
 def fading_sums(
-    q: Float[Tensor, "*b n r"], k: Float[Tensor, "*b n r"], v: Float[Tensor, "*b n c"],
-    fade: Float[Tensor, "*b n 1"], state: Float[Tensor, "*b r c"] | None = None,
-    chunk: int | None = None,
-) -> tuple[Float[Tensor, "*b n c"], Float[Tensor, "*b r c"]]:
-    """q_i S_i for S_i = e^fade_i S_{i-1} + k_i v_i^T with fade <= 0, and the last S.
+    q: Float[Tensor, "*#b n r"], k: Float[Tensor, "*#b n r"],
+    v: Float[Tensor, "*#b n c"], fade: Float[Tensor, "*#b n f"],
+    state: Float[Tensor, "*#b r c"] | None = None, chunk: int | None = None,
+) -> tuple[Float[Tensor, "*#b n c"], Float[Tensor, "*#b r c"]]:
+    """q_i S_i for S_i = diag(e^fade_i) S_{i-1} + k_i v_i^T, and the last S.
 
-    `causal_sums` is the case fade = 0. The loop runs over chunks, not over tokens.
-    Source: "Retentive Network", 2023; also in "Transformers are SSMs", 2024 (Mamba-2).
+    fade <= 0 is one number for all features (f = 1), or one for each (f = r), which
+    takes chunk times as many numbers as k: 16 by default. `causal_sums` is the case
+    fade = 0. The loop runs over chunks. Raises ValueError for another f. Sources:
+    "Retentive Network", 2023; "Gated Linear Attention Transformers with
+    Hardware-Efficient Training", 2023; "Transformers are SSMs", 2024 (Mamba-2).
     """
-    n, chunk = q.shape[-2], chunk or _chunk(k, v)
+    n, f = q.shape[-2], fade.shape[-1]
+    if f not in (1, k.shape[-1]):
+        raise ValueError(f"{k.shape[-1]} features fade together or each, got {f} rates")
+    chunk = chunk or (_chunk(k, v) if f == 1 else 16)
     cut = lambda t: F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
     q, k, v, fade = cut(q), cut(k), cut(v), cut(fade)          # (..., chunks, chunk, r)
     left = fade.cumsum(-2)                                     # log of what is left
-    whole, apart = left[..., -1:, :], left - left.transpose(-2, -1)
-    later = torch.ones_like(apart, dtype=torch.bool).triu(1)
-    near = (q @ k.transpose(-2, -1)) * apart.masked_fill(later, -torch.inf).exp()
+    whole, near = left[..., -1:, :], _faded(q, k, left)
     ends = (k * (whole - left).exp()).transpose(-2, -1) @ v    # (..., chunks, r, c)
     states = [torch.zeros_like(ends[..., 0, :, :]) if state is None else state]
-    for share, end in zip(whole.exp().unbind(-3), ends.unbind(-3)):
-        states.append(share * states[-1] + end)
+    for share, end in zip(whole.exp().mT.unbind(-3), ends.unbind(-3)):
+        states.append(share * states[-1] + end)                # share (..., f, 1)
     out = near @ v + (q * left.exp()) @ torch.stack(states[:-1], -3)
     return out.flatten(-3, -2)[..., :n, :], states[-1]
 

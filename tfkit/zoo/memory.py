@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    MultiHeadAttention, attention, causal_attention, causal_mask, check_layer_mask,
-    check_tokens, merge_heads, split_heads,
+    MultiHeadAttention, Reader, attention, causal_attention, causal_mask,
+    check_layer_mask, check_tokens, merge_heads, split_heads,
 )
 from .attention_variants import relative_shift
 from ..past import recall
@@ -85,7 +85,7 @@ def _all_before(past, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return memory, past.append("real", here, dim=-1)
 
 # %% notebooks/14_memory.ipynb
-class XLAttention(nn.Module):
+class XLAttention(Reader):
     """Attention over a memory (b, m, d) and new tokens (b, n, d): `xl_attention`.
 
     The memory is detached. With more than `table` keys `wave_attention` computes the
@@ -94,6 +94,8 @@ class XLAttention(nn.Module):
     when heads does not divide width. Source: "Transformer-XL: Attentive Language Models
     Beyond a Fixed-Length Context", 2019.
     """
+
+    no_past = None                                                   # it keeps tokens
 
     def __init__(self, width: int, heads: int, bias: bool = False, table: int = 512):
         super().__init__()
@@ -117,14 +119,20 @@ class XLAttention(nn.Module):
         seen = x if memory is None else torch.cat([memory.detach(), x], 1)
         q = split_heads(self.to_q(x), self.heads)                    # (b, h, n, e)
         k, v = (split_heads(t, self.heads) for t in self.to_kv(seen).chunk(2, -1))
-        if seen.shape[1] > self.table:
-            attend, r = wave_attention, self.to_r.weight.unflatten(0, (self.heads, -1))
+        return self.to_out(merge_heads(self.hand_over(q, k, v, mask, {})))
+
+    def attend(
+        self, q: Float[Tensor, "b h n e"], k: Float[Tensor, "b h m e"],
+        v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "b h n c"]:
+        """Attention with this layer's keys of distances."""
+        m, width = k.shape[2], self.to_r.in_features
+        if m > self.table:
+            form, r = wave_attention, self.to_r.weight.unflatten(0, (self.heads, -1))
         else:
-            waves = sinusoidal_positions(*seen.shape[1:], device=x.device).flip(0)
-            attend, r = xl_attention, split_heads(self.to_r(waves.to(x))[None],
-                                                  self.heads)[0]     # (h, m, e)
-        y = attend(q, k, v, r, self.content, self.place, mask)
-        return self.to_out(merge_heads(y))
+            waves = self.to_r(sinusoidal_positions(m, width, device=q.device).to(q))
+            form, r = xl_attention, split_heads(waves.flip(0)[None], self.heads)[0]
+        return form(q, k, v, r, self.content, self.place, mask)
 
 # %% notebooks/14_memory.ipynb
 class Recent(nn.Module):
@@ -988,4 +996,5 @@ examples = {
         (torch.randn(2, 4, 16), torch.randn(2, 6, 16))),
     "do_they_use_context": lambda: (partial(shuffle_far, keep=4), _ids()),
     "atlas_memory": lambda: (AtlasMemory(16, 2, 3, 4), (torch.randn(2, 9, 16),)),
+    "gated_delta_rule": lambda: (GatedDelta(16, 2, 4), (torch.randn(2, 9, 16),)),
 }

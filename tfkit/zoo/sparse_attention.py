@@ -295,6 +295,7 @@ class LongformerAttention(MultiHeadAttention):
 
     Every token sees the global ones; these see everything, with q, k and v from
     `to_global`. width, heads, bias as in `MultiHeadAttention`; radius on each side.
+    `watch` shows the windows.
     Source: "Longformer: The Long-Document Transformer", 2020.
     """
 
@@ -309,7 +310,7 @@ class LongformerAttention(MultiHeadAttention):
     ) -> Float[Tensor, "b n d"]:
         check_layer_mask(mask)
         first = self.attend.first
-        near = self.attend(*self.project(x), mask=mask)            # (b, h, n, e)
+        near = self.hand_over(*self.project(x), mask, {})          # (b, h, n, e)
         w, bias = self.to_global.weight.chunk(3), self.to_global.bias
         b_q, b_k, b_v = (None,) * 3 if bias is None else bias.chunk(3)
         q = split_heads(F.linear(x[:, :first], w[0], b_q), self.heads)

@@ -6,9 +6,10 @@
 __all__ = ['mechanisms', 'examples', 'causal_convolution', 'linear_scan', 's4d_kernel', 's4d_past', 'S4D', 'legendre_memory',
            'legendre_readout', 'impulse_response', 'LegendreMemoryUnit', 'CausalConvolution', 'Residual', 'RunningMean',
            'lmuformer', 'Sine', 'ImplicitFilter', 'hyena', 'ShortConvolution', 'Hyena', 'selective_scan_from',
-           'selective_scan', 'start_valve_', 'MambaMixer', 'mamba', 'important_tokens', 'take', 'Decimated',
-           'DeciMamba', 'decimamba', 'maxsim', 'rank_splits', 'rank_earlier', 'split_before', 'split_itself',
-           'retrieve', 'contextualize', 'NeuralProcessor', 'Avey']
+           'selective_scan', 'start_valve_', 'MambaMixer', 'mamba', 'state_space_dual', 'Mamba2Mixer',
+           'GatedLinearAttention', 'important_tokens', 'take', 'Decimated', 'DeciMamba', 'decimamba', 'maxsim',
+           'rank_splits', 'rank_earlier', 'split_before', 'split_itself', 'retrieve', 'contextualize',
+           'NeuralProcessor', 'Avey']
 
 # %% notebooks/15_state_spaces.ipynb
 import math
@@ -19,8 +20,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .attention import MultiHeadAttention, causal_attention, check_tokens
+from tfkit.zoo.attention import (
+    MultiHeadAttention, causal_attention, check_heads, check_tokens, merge_heads,
+    split_heads,
+)
 from ..past import recall
+from .linear_attention import fading_sums
 from .normalization import TokenBatchNorm
 from tfkit.zoo.transformer import (
     LanguageModel, PreNorm, Stack, TokenEmbedding, _real_tokens, in_float32,
@@ -587,14 +592,19 @@ def selective_scan(
     return selective_scan_from(state, x, delta, a, b, c, d)[0]
 
 # %% notebooks/15_state_spaces.ipynb
+def _opened(count: int) -> Float[Tensor, "{count}"]:
+    """Numbers whose softplus is 0.001 to 0.1, evenly on a log axis."""
+    step = torch.exp(torch.rand(count) * math.log(100) + math.log(1e-3))
+    return step + torch.log(-torch.expm1(-step))
+
+
 @torch.no_grad()
 def start_valve_(valve: nn.Linear) -> None:
     """Weights and bias in place: softplus(bias) is 0.001 to 0.1, evenly on a log axis.
 
     Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
     """
-    step = torch.exp(torch.rand_like(valve.bias) * math.log(100) + math.log(1e-3))
-    valve.bias.copy_(step + torch.log(-torch.expm1(-step)))
+    valve.bias.copy_(_opened(valve.out_features))
     valve.weight.uniform_(-(valve.in_features**-0.5), valve.in_features**-0.5)
 
 # %% notebooks/15_state_spaces.ipynb
@@ -660,6 +670,107 @@ def mamba(vocabulary: int, width: int, depth: int, states: int = 16) -> Language
     norm = lambda: nn.RMSNorm(width, eps=1e-5)
     blocks = [PreNorm(MambaMixer(width, states), norm()) for _ in range(depth)]
     return LanguageModel(TokenEmbedding(vocabulary, width), Stack(blocks, norm()))
+
+# %% notebooks/15_state_spaces.ipynb
+def state_space_dual(
+    x: Float[Tensor, "b n h e"], delta: Float[Tensor, "b n h"], a: Float[Tensor, "h"],
+    b: Float[Tensor, "b n s"], c: Float[Tensor, "b n s"],
+    state: Float[Tensor, "b h s e"] | None = None, chunk: int | None = None,
+) -> tuple[Float[Tensor, "b n h e"], Float[Tensor, "b h s e"]]:
+    """S_t = e^(delta_t a) S_{t-1} + b_t (delta_t x_t)^T, y_t = S_t^T c_t; the last S.
+
+    One decay for each head; b and c serve all heads. Source: "Transformers are SSMs:
+    Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+    2024.
+    """
+    values = (delta[..., None] * x).transpose(1, 2)                # (b, h, n, e)
+    fade = (delta * a).mT[..., None]                               # (b, h, n, 1)
+    y, state = fading_sums(c[:, None], b[:, None], values, fade, state, chunk)
+    return y.transpose(1, 2), state
+
+# %% notebooks/15_state_spaces.ipynb
+@in_float32                                            # so the state has 32 bits, too
+def _sums_on(past: dict | None, sums: Callable, *given: Tensor) -> Tensor:
+    """`sums`, and inside `remember` from the state of earlier pieces."""
+    y, state = sums(*given, None if past is None else past.get("S"))
+    if past is not None:
+        past["S"] = state
+    return y
+
+# %% notebooks/15_state_spaces.ipynb
+class Mamba2Mixer(nn.Module):
+    """Mamba-2's mixer: (b, n, d) -> (b, n, d), with `expand` d channels in `heads`.
+
+    out(norm((ssd(x) + D x) silu(gate))) for `state_space_dual` and RMSNorm; x, B and C
+    come through a short convolution and SiLU. Padding (mask (b, 1, 1, n), False there)
+    has delta 0 and changes nothing for real tokens. Inside `remember` it keeps a state
+    (b, h, s, e) and the last inputs of its convolution. Raises ValueError when heads
+    does not divide the channels. Source: "Transformers are SSMs", 2024.
+    """
+
+    def __init__(
+        self, width: int, heads: int, states: int = 64, kernel: int = 4, expand: int = 2
+    ):
+        super().__init__()
+        inner, self.heads = expand * width, heads
+        check_heads(inner, heads)
+        self.parts = [inner, states, states]                       # x, B and C
+        self.into = nn.Linear(width, 2 * inner + 2 * states + heads, bias=False)
+        self.convolve = ShortConvolution(inner + 2 * states, kernel)
+        self.valve = nn.Parameter(_opened(heads))
+        self.log_a = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        real = _real_tokens(x, mask)[..., None]                    # (b, n, 1)
+        sizes = self.parts[0], sum(self.parts), self.heads
+        gate, signal, delta = self.into(x).split(sizes, -1)
+        signal = F.silu(self.convolve(signal * real))
+        u, b, c = signal.split(self.parts, -1)
+        u = u.unflatten(-1, (self.heads, -1))                      # (b, n, h, e)
+        delta, a = F.softplus(delta + self.valve) * real, -self.log_a.exp()
+        y = _sums_on(recall(self), state_space_dual, u, delta, a, b, c)
+        y = (y + self.skip[:, None] * u).flatten(2)
+        return self.out(self.norm(y * F.silu(gate)))
+
+# %% notebooks/15_state_spaces.ipynb
+class GatedLinearAttention(nn.Module):
+    """Causal mixing by sums that fade by feature: (b, n, d) -> (b, n, d).
+
+    out(norm(q_t S_t) silu(gate)), S_t = diag(alpha_t) S_{t-1} + k_t v_t^T with alpha_t
+    = sigmoid(W_2 W_1 x_t + b)^(1/temperature). Keys of width d / (2 heads), values of
+    d / heads, RMSNorm by head. mask (b, 1, 1, n) is a padding mask. Inside `remember`
+    it keeps one state. Raises ValueError when 2 heads do not divide the width.
+    Source: "Gated Linear Attention Transformers with Hardware-Efficient Training",
+    2023, with the norm of its released code.
+    """
+
+    def __init__(
+        self, width: int, heads: int, rank: int = 16, temperature: float = 16.0
+    ):
+        super().__init__()
+        self.heads, self.temperature = heads, temperature
+        check_heads(width, 2 * heads)
+        linear = lambda out: nn.Linear(width, out, bias=False)
+        self.to_q, self.to_k = linear(width // 2), linear(width // 2)
+        self.to_v, self.to_gate = linear(width), linear(width)
+        self.to_fade = nn.Sequential(linear(rank), nn.Linear(rank, width // 2))
+        self.norm, self.out = nn.RMSNorm(width // heads, eps=1e-5), linear(width)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        real = _real_tokens(x, mask)[..., None]                    # (b, n, 1)
+        fade = F.logsigmoid(self.to_fade(x)) / self.temperature * real
+        given = self.to_q(x), self.to_k(x) * real, self.to_v(x), fade
+        q, k, v, fade = (split_heads(t, self.heads) for t in given)
+        q = q * q.shape[-1] ** -0.5
+        y = merge_heads(self.norm(_sums_on(recall(self), fading_sums, q, k, v, fade)))
+        return self.out(y * F.silu(self.to_gate(x)))
 
 # %% notebooks/15_state_spaces.ipynb
 def important_tokens(
@@ -963,6 +1074,8 @@ mechanisms = {
     "LMU": _layer(LegendreMemoryUnit, 64, 128),
     "Hyena": _layer(Hyena, length=128),
     "Mamba": _layer(MambaMixer),
+    "Mamba-2": _layer(Mamba2Mixer, 4),
+    "gated linear attention": _layer(GatedLinearAttention, 4),
     "DeciMamba": _layer(_half),
     "Avey": _layer(Avey, split=16, top=2),
 }
@@ -976,5 +1089,7 @@ examples = {
     "decimamba": lambda: (
         decimamba(mamba(20, 16, 2, states=4), [0], base=6),
         (torch.randint(20, (2, 11)),)),
+    "mamba2": lambda: (Mamba2Mixer(16, 2, states=4), _tokens(11)),
+    "gated_linear_attention": lambda: (GatedLinearAttention(16, 2), _tokens(21)),
     "avey": lambda: (Avey(16, split=4, top=2, depth=2), _tokens(14)),
 }
