@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfkit import contracts, measure
-from tfkit.zoo.attention import MultiHeadAttention, attention
+from tfkit.zoo.attention import MultiHeadAttention, attention, watch
 from tfkit.zoo.depth_and_residuals import LayerScale
 from tfkit.zoo.length_extrapolation import QueryKeyNorm
 from tfkit.zoo.transformer import Block, FeedForward, PostNorm, PreNorm
@@ -777,6 +777,21 @@ def test_fused_parallel_is_the_sum_of_attention_and_feedforward(seed):
     assert contracts.reduces_to(Summed(look, feed), fused, x)
     with pytest.raises(ValueError, match="width 8 does not divide into 3 heads"):
         FusedParallel(8, 3, 12)
+
+
+def test_fused_parallel_shows_its_attention_to_those_who_watch():
+    """`watch` of chapter 01 finds the layer, sees queries, keys and values, and may change the pattern."""
+    fused, x = disturb(FusedParallel(8, 2, 12, QueryKeyNorm(4)), 0), draw(0, 2, 5, 8)
+    with watch(fused) as seen:
+        assert torch.equal(fused(x), before := fused(x))
+    (last,) = seen.values()
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in fused.to_in(x).split(fused.cuts, -1)[:3])
+    assert torch.equal(last.q, q) and torch.equal(last.k, k) and torch.equal(last.v, v)
+    with watch(fused, lambda name, seen: setattr(seen, "v", 0 * seen.v)):
+        hidden = F.gelu(fused.to_in(x)[..., 24:] + fused.bias)
+        alone = F.linear(hidden, fused.to_out.weight[:, 8:], fused.to_out.bias)
+        assert torch.allclose(fused(x), alone, atol=1e-6)
+    assert torch.equal(fused(x), before)
 
 
 def test_summed_adds():

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tfkit.zoo.attention import (
-    CrossAttention, MultiHeadAttention, attention, merge_heads, split_heads,
+    CrossAttention, MultiHeadAttention, Reader, attention, merge_heads, split_heads,
 )
 from .depth_and_residuals import NoShortcut
 from .length_extrapolation import QueryKeyNorm
@@ -744,7 +744,7 @@ class LayeredStem(nn.Module):
         return self.layers(images).movedim(1, -1)
 
 # %% notebooks/20_vision_transformer.ipynb
-class FusedParallel(nn.Module):
+class FusedParallel(Reader):
     """attention(y) + feedforward(y) as one product in front and one behind.
 
     [q, k, v, u] = y W_in; output [attend(q, k, v), gelu(u + bias)] W_out + b. Raises
@@ -766,7 +766,7 @@ class FusedParallel(nn.Module):
 
     def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         *qkv, hidden = self.to_in(y).split(self.cuts, -1)
-        found = merge_heads(self.attend(*(split_heads(t, self.heads) for t in qkv)))
+        found = merge_heads(self.read(*(split_heads(t, self.heads) for t in qkv)))
         return self.to_out(torch.cat([found, F.gelu(hidden + self.bias)], -1))
 
 # %% notebooks/20_vision_transformer.ipynb
