@@ -2,7 +2,7 @@
 
 import torch
 
-from ._runtime import INTERPRET, empty, jit, tl, triton
+from ._runtime import DEVICE, INTERPRET, empty, jit, limits, tl, triton, wide
 
 TILE = 1 << 14 if INTERPRET else 1 << 11  # elements that a program takes at least, where rows are short
 
@@ -24,15 +24,44 @@ def tile(n, rows, each=32):
     return {"ROWS": height, "BLOCK": block, "num_warps": min(16, max(4, height * block // each // 32))}
 
 
+def stages(like, elements, read=2):
+    """How many turns ahead a loop over tiles loads: 3 if that leaves shared memory for two programs, else 1.
+
+    The compiler turns it into asynchronous copies into shared memory: `read` tiles of `elements` numbers for each turn
+    that is on its way, and loads no longer wait for arithmetic.
+    """
+    return 3 if 2 * 3 * read * elements * like.element_size() <= limits(like.device.index)[0] else 1
+
+
 def programs(device, tiles, num_warps):
     """How many programs share the tiles when each keeps partial sums: 16 warps for every multiprocessor of the GPU."""
-    many = 3 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count * (16 // num_warps)
+    many = 3 if INTERPRET else limits(device.index)[1] * (16 // num_warps)
     return max(1, min(many, tiles))
 
 
 def partial_sums(parameter, count, like):
     """Room for one row of sums per program, or None where there is nothing to differentiate."""
     return None if parameter is None else empty((count, parameter.numel()), like=like)
+
+
+def shapes_forward(x, residual, numbers):
+    """What a norm returns, for compilers: y, some numbers of each row, and x + residual where there is one."""
+    rows = x.numel() // x.shape[-1]
+    each = [x.new_empty(rows, dtype=wide(x.dtype)) for _ in range(numbers)]
+    return [x.new_empty(x.shape), *each, *([] if residual is None else [x.new_empty(x.shape)])]
+
+
+def shapes_backward(s, *parameters):
+    """What its backward pass returns: the gradients of x and of the parameters that are there."""
+    return [s.new_empty(s.shape), *(p.new_empty(p.shape) for p in parameters if p is not None)]
+
+
+def one_type(x, residual):
+    """Under autocast, where a residual stays in float32, both in the wider type, as torch adds them."""
+    if residual is None or x.dtype == residual.dtype or DEVICE == "meta" or not torch.is_autocast_enabled(DEVICE):
+        return x, residual
+    to = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(to), residual.to(to)
 
 
 def check_shapes(function, x, residual, **parameters):
@@ -42,6 +71,8 @@ def check_shapes(function, x, residual, **parameters):
     for name, p in parameters.items():
         if p is not None and p.shape != x.shape[-1:]:
             raise ValueError(f"{function}: {name} has shape {tuple(p.shape)}, and rows of x have {x.shape[-1]} entries")
+        if p is not None and p.device != x.device:
+            raise ValueError(f"{function}: {name} is on {p.device} and x on {x.device}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{function}: residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}")
 

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 
 import torch
@@ -78,9 +79,34 @@ def autotune(configs, key, interpret, **options):
     return triton.autotune([triton.Config(interpret)] if INTERPRET else configs, key=key, **options)
 
 
+def in_shared(configs, like, need):
+    """The configurations whose need(config), in bytes, fits the shared memory of `like`'s GPU; else the smallest."""
+    limit = limits(like.device.index)[0]
+    return [c for c in configs if need(c) <= limit] or [min(configs, key=need)]
+
+
 def config(num_warps=4, num_stages=2, **constants):
     """A `triton.Config` with its constants as keywords: config(BLOCK=128, num_warps=8)."""
     return triton.Config(constants, num_warps=num_warps, num_stages=num_stages)
+
+
+@lru_cache
+def limits(index=None):
+    """(bytes of shared memory for one program, multiprocessors, Triton's target) of the GPU with this index.
+
+    In the interpreter as on Hopper, so that it plans alike.
+    """
+    if INTERPRET:
+        return 232_448, 132, None
+    driver = triton.runtime.driver.active
+    known = driver.utils.get_device_properties(index or 0)
+    return known["max_shared_mem"], known["multiprocessor_count"], driver.get_current_target()
+
+
+def capability(index=None):
+    """What the tensor cores are: ("cuda", 90) or ("hip", "gfx942"); ("cuda", 90) in the interpreter."""
+    target = limits(index)[2]
+    return ("cuda", 90) if target is None else (target.backend, target.arch)
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -94,7 +120,7 @@ def check(function, dtypes=FLOATS, **tensors):
     """
     if not HAS_TRITON:
         raise RuntimeError(f"{function} cannot run: {MISSING}.")
-    if triton.knobs.runtime.interpret != INTERPRET:
+    if not torch.compiler.is_compiling() and triton.knobs.runtime.interpret != INTERPRET:
         built, now = ("interpreter", "GPU") if INTERPRET else ("GPU", "interpreter")
         raise RuntimeError(
             f"{function}: the kernels were built for the {built} and TRITON_INTERPRET now asks for the {now}. "
@@ -111,11 +137,92 @@ def check(function, dtypes=FLOATS, **tensors):
         if x.dtype not in dtypes:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise ValueError(f"{function}: {name} is {str(x.dtype).removeprefix('torch.')}; it must be {allowed}")
+        old = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        if old and capability(x.device.index) < ("cuda", 80):
+            arch = "{}.{}".format(*divmod(capability(x.device.index)[1], 10))
+            raise ValueError(
+                f"{function}: {name} is bfloat16, which needs compute capability 8.0, and this GPU has {arch}; "
+                "use float16, with a scaled loss"
+            )
         first = first or (name, x)
         if x.dtype != first[1].dtype or x.device != first[1].device:
             raise ValueError(
                 f"{function}: {name} is {x.dtype} on {x.device} and {first[0]} is {first[1].dtype} on {first[1].device}"
             )
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def traced(x):
+    """Are there shapes and no numbers within reach: torch.compile, export, fake tensors, inside of torch.func?"""
+    return torch.compiler.is_compiling() or type(x) not in PLAIN or torch._C._are_functorch_transforms_active()
+
+
+def readable(x):
+    """May a check look at the numbers? Where they lie on the CPU: on a GPU it would wait for everything before."""
+    return not traced(x) and x.device.type == "cpu"
+
+
+_libraries = {}  # by name of the operator: what keeps it registered
+
+
+def operator(schema, shapes):
+    """A function of tensors and numbers that launches kernels, as the operator tfkit::<module>_<function> of torch.
+
+    Called with real tensors it runs as it is, on the device of its first argument, which need not be the current one.
+    While torch.compile or export trace, and for fake tensors, the operator stands for it: one opaque step, of which
+    `shapes`, with the same arguments, says what comes out. schema: "(Tensor x, float eps) -> Tensor". Results are new
+    memory, never a view of an argument.
+    """
+
+    def register(function):
+        @wraps(function)
+        def run(*arguments):
+            device = arguments[0].device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return function(*arguments)
+            with torch.cuda.device(device):
+                return function(*arguments)
+
+        name = f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
+        if name in _libraries:  # the module was loaded again
+            _libraries[name]._destroy()
+        library = _libraries[name] = torch.library.Library("tfkit", "FRAGMENT")
+        library.define(name + schema)
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tfkit::{name}", shapes, lib=library)
+        op = getattr(torch.ops.tfkit, name).default
+
+        @wraps(function)
+        def call(*arguments):
+            return op(*arguments) if traced(arguments[0]) else run(*arguments)
+
+        return call
+
+    return register
+
+
+def spread(found, needs):
+    """The tensors of `found`, one for each True of `needs`, with None for each False."""
+    result, taken = [], 0
+    for need in needs:
+        result.append(found[taken] if need else None)
+        taken += int(need)
+    return tuple(result)
+
+
+def autocast(*tensors):
+    """Under torch.autocast the tensors in the type that it asks for, as torch's own products; float64 stays."""
+    if DEVICE == "meta" or not torch.is_autocast_enabled(DEVICE):
+        return tensors
+    to = torch.get_autocast_dtype(DEVICE)
+    return tuple(t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in tensors)
+
+
+def wide(dtype):
+    """The torch dtype of sums and states: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def accumulator(dtype):
@@ -133,9 +240,15 @@ def operand(dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
+TF32 = ("gfx942",)  # AMD's GPUs whose tensor cores take float32 in fewer bits
+
+
 def precision(dtype):
-    """`input_precision` of `tl.dot`: "tf32" for float32 where torch allows it too, else "ieee"."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """`input_precision` of `tl.dot`: "tf32" for float32 where torch allows it and the GPU has it, else "ieee"."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    kind, arch = capability()
+    return "tf32" if (arch >= 80 if kind == "cuda" else arch in TF32) else "ieee"
 
 
 _guards = []  # the guards that are open, outermost first

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ._rows import as_rows
-from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operator, readable, tl, triton, wide
 
 
 def reference(logits, targets, ignore_index=-100):
@@ -62,28 +62,53 @@ def _backward(X, T, LSE, SCALE, DX, stride, n, ignore, ACC: tl.constexpr, BLOCK:
     tl.store(DX + row * n + column, dx.to(DX.dtype.element_ty), mask=column < n)
 
 
+@operator(
+    "(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor)",
+    lambda logits, targets, ignore_index: tuple(
+        logits.new_empty(targets.numel(), dtype=wide(logits.dtype)) for _ in "ab"
+    ),
+)
+def compute(logits, targets, ignore_index):
+    """Loss and log-sum-exp of each row."""
+    flat, wanted = as_rows(logits), targets.reshape(-1).contiguous()
+    (rows, n), acc = flat.shape, accumulator(logits.dtype)
+    loss, lse = (empty((rows,), like=logits, dtype=wide(logits.dtype)) for _ in range(2))
+    _forward[(rows,)](flat, wanted, loss, lse, flat.stride(0), n, ignore_index, ACC=acc)
+    return loss, lse
+
+
+@operator(
+    "(Tensor logits, Tensor targets, Tensor lse, Tensor scale, int ignore_index) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+def differentiate(logits, targets, lse, scale, ignore_index):
+    flat, wanted = as_rows(logits), targets.reshape(-1).contiguous()
+    (rows, n), acc = flat.shape, accumulator(flat.dtype)
+    dx = empty(logits.shape, like=flat)
+    grid = lambda constants: (rows, triton.cdiv(n, constants["BLOCK"]))
+    _backward[grid](flat, wanted, lse, scale, dx, flat.stride(0), n, ignore_index, ACC=acc)
+    return dx
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
-        flat, wanted = as_rows(logits), targets.reshape(-1).contiguous()
-        (rows, n), acc = flat.shape, accumulator(logits.dtype)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss, lse = (empty((rows,), like=logits, dtype=wide) for _ in range(2))
-        _forward[(rows,)](flat, wanted, loss, lse, flat.stride(0), n, ignore_index, ACC=acc)
-        count = (wanted != ignore_index).sum()
-        ctx.save_for_backward(flat, wanted, lse, count)
-        ctx.shape, ctx.ignore_index = logits.shape, ignore_index
-        return loss.sum() / count
+    def forward(logits, targets, ignore_index):
+        loss, lse = compute(logits, targets, ignore_index)
+        count = (targets != ignore_index).sum()
+        return loss.sum() / count, lse, count
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, targets, ctx.ignore_index = inputs
+        _, lse, count = output
+        ctx.mark_non_differentiable(lse, count)
+        ctx.save_for_backward(logits, targets, lse, count)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss):
-        flat, wanted, lse, count = ctx.saved_tensors
-        (rows, n), acc = flat.shape, accumulator(flat.dtype)
-        dx = empty(ctx.shape, like=flat)
-        grid = lambda constants: (rows, triton.cdiv(n, constants["BLOCK"]))
-        _backward[grid](flat, wanted, lse, dloss / count, dx, flat.stride(0), n, ctx.ignore_index, ACC=acc)
-        return dx, None, None
+    def backward(ctx, dloss, *_):
+        logits, targets, lse, count = ctx.saved_tensors
+        return differentiate(logits, targets, lse, dloss / count, ctx.ignore_index), None, None
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
@@ -103,7 +128,7 @@ def cross_entropy(logits, targets, ignore_index=-100):
     _check_targets(logits, targets, ignore_index)
     if targets.numel() == 0:
         return logits.sum() / 0  # the mean of nothing, as in torch
-    return _CrossEntropy.apply(logits, targets, ignore_index)
+    return _CrossEntropy.apply(logits, targets, ignore_index)[0]
 
 
 def _check_targets(logits, targets, ignore_index):
@@ -117,7 +142,7 @@ def _check_targets(logits, targets, ignore_index):
         )
     if targets.device != logits.device:
         raise ValueError(f"cross_entropy: targets are on {targets.device} and logits on {logits.device}")
-    if INTERPRET:
+    if INTERPRET and readable(targets):
         wrong = (targets != ignore_index) & ((targets < 0) | (targets >= logits.shape[-1]))
         if wrong.any():
             raise ValueError(f"cross_entropy: target {targets[wrong][0]} is not among {logits.shape[-1]} classes")

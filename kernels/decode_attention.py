@@ -5,7 +5,25 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import (
+    INTERPRET,
+    accumulator,
+    autocast,
+    autotune,
+    check,
+    config,
+    empty,
+    in_shared,
+    jit,
+    limits,
+    operand,
+    operator,
+    precision,
+    readable,
+    tl,
+    triton,
+    wide,
+)
 
 LOG2E = math.log2(math.e)
 
@@ -29,22 +47,32 @@ def reference(q, k, v, lengths=None, table=None, scale=None):
     return (weights[:, :, None] @ torch.where(seen[..., None], v, 0.0))[:, :, 0]
 
 
+def _that_fit(configs, arguments, BLOCK_E, **others):
+    """Those whose tiles of keys and values fit into shared memory."""
+    k = arguments["k"]
+    return in_shared(configs, k, lambda c: (2 * c.num_stages * c.kwargs["N"] + 64) * BLOCK_E * k.element_size())
+
+
 @autotune(
     [config(N=n, num_warps=w, num_stages=s)
      for n, w, s in [(64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 8, 3), (32, 4, 2)]],
     key=["e", "GROUP", "bucket", "PAGED"], interpret={"N": 64},
+    prune_configs_by={"early_config_prune": _that_fit},
 )  # fmt: skip
 @jit
-def _parts(q, k, v, lengths, table, out, lse, m, span, bucket, e, log_scale, kv_heads, stride_b, stride_h, stride_m,
-           v_b, v_h, v_m, pages_of, PAGE: tl.constexpr, PAGED: tl.constexpr, RAGGED: tl.constexpr,
+def _parts(q, k, v, lengths, table, out, lse, m, parts, span, bucket, e, log_scale, kv_heads, stride_b, stride_h,
+           stride_m, v_b, v_h, v_m, pages_of, PAGE: tl.constexpr, PAGED: tl.constexpr, RAGGED: tl.constexpr,
            GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
            OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Program (part, kv head, sequence): attention of the head's whole group of queries to one part of the keys.
+    """A program for each part, kv head and sequence: attention of all the head's queries to one part of the keys.
+
+    All on the first axis of the grid, the only one that is longer than 65,535.
 
     The part's output is normalized by the part's own sum; the log2 of that sum (lse) lets the next kernel undo it.
     """
-    part, head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    parts = tl.num_programs(0)
+    program = tl.program_id(0)
+    part, head = program % parts, (program // parts % kv_heads).to(tl.int64)
+    sequence = (program // parts // kv_heads).to(tl.int64)
     length = tl.minimum(tl.load(lengths + sequence), m) if RAGGED else m
     low, high = part * span, tl.minimum(part * span + span, length)
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
@@ -97,7 +125,7 @@ def _combine(out, lse, result, parts, e, PARTS: tl.constexpr, BLOCK_E: tl.conste
 
 def parts_for(programs, m, device):
     """How many parts keep the whole GPU busy: two programs for each multiprocessor, parts of 128 keys or more."""
-    processors = 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+    processors = 2 if INTERPRET else limits(device.index)[1]
     return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(m, 128), 128))
 
 
@@ -119,7 +147,7 @@ def _check(q, k, v, lengths, table, parts):
             raise ValueError(f"decode_attention: {name} is int32 {shape} on {q.device}, b = {len(q)}; got {found}")
     if parts is not None and not 1 <= parts <= 128:
         raise ValueError(f"decode_attention: 1 to 128 parts are possible, not {parts}")
-    if q.is_cuda:  # a look at the values would wait for everything before
+    if not readable(q):  # a look at the values would wait for everything before
         return
     m = table.shape[1] * k.shape[2] if paged else k.shape[2]
     if lengths is not None and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= m:
@@ -152,23 +180,32 @@ def decode_attention(q, k, v, lengths=None, table=None, scale=None, parts=None):
     cache; RuntimeError when a gradient is asked for.
     Sources: "Flash-Decoding for long-context inference", 2023; "PagedAttention", 2023.
     """
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, lengths, table, parts)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("decode_attention has no backward: call it under torch.no_grad(), or train with another")
-    (b, h, e), kv_heads, paged = q.shape, k.shape[1], table is not None
-    m = table.shape[1] * k.shape[2] if paged else k.shape[2]
+    e, m = q.shape[-1], k.shape[2] * (1 if table is None else table.shape[1])
     if q.numel() == 0 or m == 0:
         return torch.zeros_like(q)
+    return compute(q, k, v, lengths, table, float(e**-0.5 if scale is None else scale), parts)
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? table, float scale, int? parts) -> Tensor",
+    lambda q, *_: q.new_empty(q.shape),
+)
+def compute(q, k, v, lengths, table, scale, parts):
+    (b, h, e), kv_heads, paged = q.shape, k.shape[1], table is not None
+    m = table.shape[1] * k.shape[2] if paged else k.shape[2]
     q, (k, v) = q.contiguous(), (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     parts = parts_for(b * kv_heads, m, q.device) if parts is None else parts
     span = triton.cdiv(m, parts)
     span = span if span < 64 else triton.cdiv(span, 64) * 64  # whole tiles; the last parts may be empty
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, lse = empty((b, h, parts, e), like=q, dtype=wide), empty((b, h, parts), like=q, dtype=wide)
+    out, lse = (empty(shape, like=q, dtype=wide(q.dtype)) for shape in ((b, h, parts, e), (b, h, parts)))
     group, block = h // kv_heads, max(16, triton.next_power_of_2(e))
-    _parts[(parts, kv_heads, b)](
-        q, k, v, q if lengths is None else lengths.contiguous(), table.contiguous() if paged else q, out, lse, m, span,
-        triton.next_power_of_2(span), e, (e**-0.5 if scale is None else scale) * LOG2E, kv_heads, *k.stride()[:3],
+    _parts[(parts * kv_heads * b,)](
+        q, k, v, q if lengths is None else lengths.contiguous(), table.contiguous() if paged else q, out, lse, m, parts,
+        span, triton.next_power_of_2(span), e, scale * LOG2E, kv_heads, *k.stride()[:3],
         *v.stride()[:3], table.shape[1] if paged else 0, PAGE=k.shape[2] if paged else 1, PAGED=paged,
         RAGGED=lengths is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BLOCK_E=block,
         ACC=accumulator(q.dtype), OPERAND=operand(q.dtype), PRECISION=precision(q.dtype))  # fmt: skip

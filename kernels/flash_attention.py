@@ -12,7 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import (
+    INTERPRET,
+    accumulator,
+    autocast,
+    autotune,
+    check,
+    config,
+    empty,
+    jit,
+    limits,
+    operand,
+    operator,
+    precision,
+    spread,
+    tl,
+    triton,
+    wide,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -90,12 +107,14 @@ def _band(low, high, before, after, size, BLOCK: tl.constexpr):
 @jit
 def _scores(
     dots, i, j, n, m, scale, ahead, behind, slope, bias, bias_n, bias_m, mask, mask_n, mask_m,
-    TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
+    TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
+    AHEAD: tl.constexpr, BEHIND: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """What is added to the products q k^T, or hides them. i, j: positions of queries and keys, shaped to broadcast.
 
     With a bias the result is in powers of two and scaled; without one the caller scales, in one fused multiply-add.
-    EDGE: this tile leaves the band or the tensor somewhere, so it needs the mask.
+    EDGE: this tile leaves the band or the tensor somewhere, so it needs the mask. AHEAD, BEHIND: the band has an end
+    to the right, to the left.
     """
     inside = (i < n) & (j < m)
     if TABLE:
@@ -107,13 +126,17 @@ def _scores(
         at = mask + i.to(tl.int64) * mask_n + j.to(tl.int64) * mask_m
         dots = tl.where(tl.load(at, mask=inside, other=0) != 0, dots, float("-inf"))
     if EDGE:
-        seen = inside & (j <= i + (m - n) + ahead) & (j >= i + (m - n) - behind)
+        seen = inside
+        if AHEAD:
+            seen = seen & (j <= i + (m - n) + ahead)
+        if BEHIND:
+            seen = seen & (j >= i + (m - n) - behind)
         dots = tl.where(seen, dots, float("-inf"))
     return dots
 
 
 def _fitting(needs):
-    """Which configurations to try: those that fit a multiprocessor of Hopper, and one alone for small problems.
+    """Which configurations to try: those that fit a multiprocessor of this GPU, and small tiles for small problems.
 
     needs(M, N, E, C) gives the numbers held in shared memory (once, and a pipeline stage) and in registers. Exact
     float32 products use no tensor cores and are unrolled into single multiply-adds, so their tiles must be small.
@@ -122,24 +145,26 @@ def _fitting(needs):
     def prune(configs, named, **given):
         given = {**named, **given}
         bytes_each, fits = given["q"].element_size(), []
+        shared, _, target = limits(given["q"].device.index)
+        wave = 32 if target is None else target.warp_size
         exact = bytes_each == 4 and given["PRECISION"] == "ieee"
         for c in configs:
-            block, lanes = (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"]), 32 * c.num_warps
+            block, lanes = (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"]), wave * c.num_warps
             held, stage, registers = needs(*block, given["BLOCK_E"], given["BLOCK_C"])
             unrolled = block[0] * block[1] * max(given["BLOCK_E"], given["BLOCK_C"]) if exact else 0
             if (
-                (held + c.num_stages * stage) * bytes_each <= 200 * 1024
+                (held + c.num_stages * stage) * bytes_each <= shared - 4096  # the compiler needs some, too
                 and registers <= 200 * lanes
                 and unrolled <= 1024 * lanes
             ):
                 fits.append(c)
         fits = fits or configs[-1:]
-        return fits if given["size"] else [next((c for c in fits if max(c.kwargs.values()) <= 64), fits[-1])]
+        return fits if given["size"] else [c for c in fits if max(c.kwargs.values()) <= 64] or fits[-1:]
 
     return {"early_config_prune": prune}
 
 
-KEY = ["size", "BLOCK_E", "BLOCK_C", "BEHIND", "TABLE", "SLOPES", "MASK"]
+KEY = ["size", "BLOCK_E", "BLOCK_C", "AHEAD", "BEHIND", "TABLE", "SLOPES", "MASK"]
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}  # in the interpreter
 TINY = [config(BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=1) for block in (32, 16)]  # for float32
 
@@ -166,7 +191,7 @@ def _forward(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
     heads, group, n, m, size, scale, ahead, behind,
     E: tl.constexpr, C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
+    AHEAD: tl.constexpr, BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys they see. The last block sees most when causal, so it starts first."""
@@ -194,7 +219,8 @@ def _forward(
             key = _tile(k, j, k_n, m, E, BLOCK_E, OPERAND, part != 1)
             s = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
             s = _scores(s, i[:, None], j[None, :], n, m, scale, ahead, behind, slope,
-                        bias, bias_n, bias_m, mask, mask_n, mask_m, TABLE, SLOPES, MASK, part != 1)  # fmt: skip
+                        bias, bias_n, bias_m, mask, mask_n, mask_m, TABLE, SLOPES, MASK,
+                        AHEAD, BEHIND, part != 1)  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1) * unit)
             p = tl.exp2(s * unit - new[:, None])
             shrink = tl.exp2(top - new)
@@ -260,7 +286,7 @@ def _backward_keys(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
     heads, group, n, m, size, scale, ahead, behind,
     E: tl.constexpr, C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
+    AHEAD: tl.constexpr, BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys: all queries that see it, of all query heads that share it, in a fixed order.
@@ -294,7 +320,8 @@ def _backward_keys(
                 s = tl.dot(key, tl.trans(query), input_precision=PRECISION, out_dtype=ACC)
                 s = _scores(s, i[None, :], j[:, None], n, m, scale, ahead, behind, slope,
                             bias + b * bias_b + h * bias_h, bias_n, bias_m,
-                            mask + b * mask_b + h * mask_h, mask_n, mask_m, TABLE, SLOPES, MASK, part != 1)  # fmt: skip
+                            mask + b * mask_b + h * mask_h, mask_n, mask_m, TABLE, SLOPES, MASK,
+                        AHEAD, BEHIND, part != 1)  # fmt: skip
                 p = tl.exp2(s * unit - top[None, :])
                 sum_v = tl.dot(p.to(OPERAND), do, sum_v, input_precision=PRECISION, out_dtype=ACC)
                 dp = tl.dot(value, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
@@ -326,7 +353,7 @@ def _backward_queries(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
     heads, group, n, m, size, scale, ahead, behind,
     E: tl.constexpr, C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
+    AHEAD: tl.constexpr, BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DSLOPES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +384,8 @@ def _backward_queries(
             value = _tile(v, j, v_n, m, C, BLOCK_C, OPERAND, part != 1)
             s = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
             s = _scores(s, i[:, None], j[None, :], n, m, scale, ahead, behind, slope,
-                        bias, bias_n, bias_m, mask, mask_n, mask_m, TABLE, SLOPES, MASK, part != 1)  # fmt: skip
+                        bias, bias_n, bias_m, mask, mask_n, mask_m, TABLE, SLOPES, MASK,
+                        AHEAD, BEHIND, part != 1)  # fmt: skip
             p = tl.exp2(s * unit - top[:, None])
             dp = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
             ds = p * (dp - change[:, None])
@@ -386,7 +414,7 @@ def _backward_bias(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
     batch, heads, group, n, m, size, scale, ahead, behind, many_b, many_h,
     E: tl.constexpr, C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
+    AHEAD: tl.constexpr, BEHIND: tl.constexpr, TABLE: tl.constexpr, SLOPES: tl.constexpr, MASK: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -421,7 +449,8 @@ def _backward_bias(
                     s = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
                     s = _scores(s, i[:, None], j[None, :], n, m, scale, ahead, behind, 0.0,
                                 bias + b * bias_b + h * bias_h, bias_n, bias_m,
-                                mask + b * mask_b + h * mask_h, mask_n, mask_m, TABLE, SLOPES, MASK, True)  # fmt: skip
+                                mask + b * mask_b + h * mask_h, mask_n, mask_m, TABLE, SLOPES, MASK,
+                                AHEAD, BEHIND, True)  # fmt: skip
                     p = tl.exp2(s - top[:, None])  # the bias is a table, so `_scores` has scaled
                     dp = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
                     total += p * (dp - change[:, None])
@@ -449,88 +478,129 @@ def _launch(kernel, blocks, shared, **own):
     kernel[lambda constants: (blocks(constants),)](**shared, **own)
 
 
+def _arguments(q, k, v, bias, slopes, mask, scale, ahead, behind):
+    """What all kernels take: tensors, strides, sizes and constants."""
+    (b, h, n, e), (_, h_kv, m, c) = q.shape, v.shape
+    strides = {}
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        strides |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1), f"{name}_n": x.stride(2)}
+    for name, x in {"bias": bias, "mask": mask}.items():
+        steps = (0, 0, 0, 0) if x is None else x.expand(b, h, n, m).stride()
+        strides |= dict(zip((f"{name}_{axis}" for axis in "bhnm"), steps, strict=True))
+    longest = max(n, m)
+    return {
+        "q": q, "k": k, "v": v, "bias": q if bias is None else bias, "slopes": q if slopes is None else slopes,
+        "mask": q if mask is None else mask.view(torch.uint8), **strides, "heads": h, "group": h // h_kv,
+        "n": n, "m": m, "size": 0 if longest < 512 else triton.next_power_of_2(longest), "scale": scale,
+        "ahead": ahead, "behind": behind, "E": e, "C": c,
+        "BLOCK_E": max(16, triton.next_power_of_2(e)), "BLOCK_C": max(16, triton.next_power_of_2(c)),
+        "AHEAD": ahead < FAR, "BEHIND": behind < FAR,
+        "TABLE": bias is not None, "SLOPES": slopes is not None, "MASK": mask is not None,
+        "OPERAND": operand(q.dtype), "ACC": accumulator(q.dtype), "PRECISION": precision(q.dtype),
+    }  # fmt: skip
+
+
+def _new(shape, like):
+    """`_tokens_first` for compilers."""
+    b, h, n, e = shape
+    return like.new_empty(b, n, h, e).transpose(1, 2)
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? mask, float scale, int ahead, int behind)"
+    " -> (Tensor, Tensor)",
+    lambda q, k, v, *_: (
+        _new((*q.shape[:3], v.shape[3]), q), q.new_empty(q.shape[:3], dtype=wide(q.dtype)),
+    ),
+)  # fmt: skip
+def compute(q, k, v, bias, slopes, mask, scale, ahead, behind):
+    """The output and the log-sum-exp of each row."""
+    b, h, n, _ = q.shape
+    out = _tokens_first((b, h, n, v.shape[3]), q)
+    lse = empty((b, h, n), q, wide(q.dtype))
+    shared = _arguments(q, k, v, bias, slopes, mask, scale, ahead, behind)
+    if out.numel() and k.numel():
+        _launch(_forward, lambda x: b * h * triton.cdiv(n, x["BLOCK_M"]), shared, out=out, lse=lse)
+    else:
+        out.zero_(), lse.fill_(-math.inf)
+    return out, lse
+
+
+def _shapes(q, k, v, bias, slopes, mask, out, lse, dout, dlse, scale, ahead, behind, needs):
+    """What `differentiate` returns, for compilers."""
+    found = [_new(x.shape, x) for x, need in zip((q, k, v), needs, strict=False) if need]
+    found += [bias.new_empty(bias.shape)] if needs[3] else []
+    return found + ([slopes.new_empty(slopes.shape)] if needs[4] else [])
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? mask, Tensor out, Tensor lse, Tensor dout,"
+    " Tensor? dlse, float scale, int ahead, int behind, bool[] needs) -> Tensor[]",
+    _shapes,
+)
+def differentiate(q, k, v, bias, slopes, mask, out, lse, dout, dlse, scale, ahead, behind, needs):
+    """The gradients of q, k, v, bias and slopes, those that are needed."""
+    (b, h, n), (h_kv, m, c) = q.shape[:3], v.shape[1:]
+    if not (out.numel() and k.numel()):
+        return [torch.zeros_like(x) for x, need in zip((q, k, v, bias, slopes), needs, strict=True) if need]
+    shared = _arguments(q, k, v, bias, slopes, mask, scale, ahead, behind)
+    dout = dout.transpose(1, 2).contiguous().transpose(1, 2)  # as `out` lies: token, head, width
+    delta = empty((b, h, n), lse)
+    width, acc, rows = shared["BLOCK_C"], shared["ACC"], 64 if INTERPRET else max(8, 4096 // shared["BLOCK_C"])
+    _delta[(b * h * triton.cdiv(n, rows),)](
+        out, dout, lse, lse if dlse is None else dlse.contiguous(), delta, h, n,
+        DLSE=dlse is not None, C=c, BLOCK_C=width, ACC=acc, BLOCK_M=rows,
+    )  # fmt: skip
+    shared |= {"dout": dout, "lse": lse, "delta": delta}
+    dq = dk = dv = dbias = dslopes = None
+    if needs[1] or needs[2]:
+        dk, dv = _tokens_first(k.shape, k), _tokens_first(v.shape, v)
+        _launch(_backward_keys, lambda x: b * h_kv * triton.cdiv(m, x["BLOCK_N"]), shared, dk=dk, dv=dv)
+    if needs[0] or needs[4]:
+        dq = _tokens_first(q.shape, q)
+        dslopes = empty((b, h, n), lse) if needs[4] else delta
+        _launch(
+            _backward_queries, lambda x: b * h * triton.cdiv(n, x["BLOCK_M"]), shared,
+            dq=dq, dslopes=dslopes, DSLOPES=needs[4],
+        )  # fmt: skip
+        dslopes = dslopes.sum((0, 2)) if needs[4] else None
+    if needs[3]:
+        dbias = empty(bias.shape, bias)
+        many_b, many_h, rows, columns = bias.shape
+        down, across = rows == n, columns == m  # a single query or key counts as present: nothing to sum
+
+        def tiles(x):
+            i_tiles = triton.cdiv(n, x["BLOCK_M"]) if down else 1
+            return many_b * many_h * i_tiles * (triton.cdiv(m, x["BLOCK_N"]) if across else 1)
+
+        _launch(
+            _backward_bias, tiles, shared, dbias=dbias,
+            batch=b, many_b=many_b, many_h=many_h, ROWS=down, COLUMNS=across,
+        )  # fmt: skip
+    return [x for x, need in zip((dq, dk, dv, dbias, dslopes), needs, strict=True) if need]
+
+
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, slopes, mask, scale, ahead, behind):
+    def forward(q, k, v, bias, slopes, mask, scale, ahead, behind):
+        return compute(q, k, v, bias, slopes, mask, scale, ahead, behind)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        b, h, n, _ = q.shape
-        m, c = v.shape[2:]
-        out = _tokens_first((b, h, n, c), q)
-        lse = empty((b, h, n), q, torch.float64 if q.dtype == torch.float64 else torch.float32)
-        shared = _FlashAttention.arguments(q, k, v, bias, slopes, mask, scale, ahead, behind)
-        if out.numel() and k.numel():
-            _launch(_forward, lambda x: b * h * triton.cdiv(n, x["BLOCK_M"]), shared, out=out, lse=lse)
-        else:
-            out.zero_(), lse.fill_(-math.inf)
-        ctx.save_for_backward(q, k, v, bias, slopes, mask, out, lse)
-        ctx.numbers = scale, ahead, behind
-        return out, lse
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.numbers = inputs[6:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, bias, slopes, mask, out, lse = ctx.saved_tensors
-        (b, h, n), (h_kv, m, c) = q.shape[:3], v.shape[1:]
-        if not (out.numel() and k.numel()) or (dout is None and dlse is None):
-            zeros = (None if x is None else torch.zeros_like(x) for x in (q, k, v, bias, slopes))
-            return *zeros, None, None, None, None
-        shared = _FlashAttention.arguments(q, k, v, bias, slopes, mask, *ctx.numbers)
-        dout = torch.zeros_like(out) if dout is None else dout
-        dout = dout.transpose(1, 2).contiguous().transpose(1, 2)  # as `out` lies: token, head, width
-        delta = empty((b, h, n), lse)
-        width, acc, rows = shared["BLOCK_C"], shared["ACC"], 64 if INTERPRET else max(8, 4096 // shared["BLOCK_C"])
-        _delta[(b * h * triton.cdiv(n, rows),)](
-            out, dout, lse, lse if dlse is None else dlse.contiguous(), delta, h, n,
-            DLSE=dlse is not None, C=c, BLOCK_C=width, ACC=acc, BLOCK_M=rows,
-        )  # fmt: skip
-        shared |= {"dout": dout, "lse": lse, "delta": delta}
-        dq = dk = dv = dbias = dslopes = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dk, dv = _tokens_first(k.shape, k), _tokens_first(v.shape, v)
-            _launch(_backward_keys, lambda x: b * h_kv * triton.cdiv(m, x["BLOCK_N"]), shared, dk=dk, dv=dv)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-            dq, steep = _tokens_first(q.shape, q), ctx.needs_input_grad[4]
-            dslopes = empty((b, h, n), lse) if steep else delta
-            _launch(
-                _backward_queries, lambda x: b * h * triton.cdiv(n, x["BLOCK_M"]), shared,
-                dq=dq, dslopes=dslopes, DSLOPES=steep,
-            )  # fmt: skip
-            dslopes = dslopes.sum((0, 2)) if steep else None
-        if ctx.needs_input_grad[3]:
-            dbias = empty(bias.shape, bias)
-            many_b, many_h, rows, columns = bias.shape
-            down, across = rows == n, columns == m  # a single query or key counts as present: nothing to sum
-
-            def tiles(x):
-                i_tiles = triton.cdiv(n, x["BLOCK_M"]) if down else 1
-                return many_b * many_h * i_tiles * (triton.cdiv(m, x["BLOCK_N"]) if across else 1)
-
-            _launch(
-                _backward_bias, tiles, shared, dbias=dbias,
-                batch=b, many_b=many_b, many_h=many_h, ROWS=down, COLUMNS=across,
-            )  # fmt: skip
-        return dq, dk, dv, dbias, dslopes, None, None, None, None
-
-    @staticmethod
-    def arguments(q, k, v, bias, slopes, mask, scale, ahead, behind):
-        """What all kernels take: tensors, strides, sizes and constants."""
-        (b, h, n, e), (_, h_kv, m, c) = q.shape, v.shape
-        strides = {}
-        for name, x in {"q": q, "k": k, "v": v}.items():
-            strides |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1), f"{name}_n": x.stride(2)}
-        for name, x in {"bias": bias, "mask": mask}.items():
-            steps = (0, 0, 0, 0) if x is None else x.expand(b, h, n, m).stride()
-            strides |= dict(zip((f"{name}_{axis}" for axis in "bhnm"), steps, strict=True))
-        longest = max(n, m)
-        return {
-            "q": q, "k": k, "v": v, "bias": q if bias is None else bias, "slopes": q if slopes is None else slopes,
-            "mask": q if mask is None else mask.view(torch.uint8), **strides, "heads": h, "group": h // h_kv,
-            "n": n, "m": m, "size": 0 if longest < 512 else triton.next_power_of_2(longest), "scale": scale,
-            "ahead": ahead, "behind": behind, "E": e, "C": c,
-            "BLOCK_E": max(16, triton.next_power_of_2(e)), "BLOCK_C": max(16, triton.next_power_of_2(c)),
-            "BEHIND": behind < FAR, "TABLE": bias is not None, "SLOPES": slopes is not None, "MASK": mask is not None,
-            "OPERAND": operand(q.dtype), "ACC": accumulator(q.dtype), "PRECISION": precision(q.dtype),
-        }  # fmt: skip
+        out = ctx.saved_tensors[6]
+        needs = list(ctx.needs_input_grad[:5])
+        if dout is None and dlse is None:
+            return (None,) * 9
+        dout = out.new_zeros(out.shape) if dout is None else dout
+        found = differentiate(*ctx.saved_tensors, dout, dlse, *ctx.numbers, needs)
+        return *spread(found, needs), None, None, None, None
 
 
 def _four(name, x, shape):
@@ -571,6 +641,7 @@ def flash_attention(q, k, v, causal=False, window=None, bias=None, scale=None, r
     causal, and a mask that is not boolean. Source: "FlashAttention", 2022, and "FlashAttention-2", 2023; the slopes:
     "Train Short, Test Long" (ALiBi), 2021.
     """
+    q, k, v = autocast(q, k, v)
     check("flash_attention", q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -593,7 +664,7 @@ def flash_attention(q, k, v, causal=False, window=None, bias=None, scale=None, r
             if len(bias) != h:
                 raise ValueError(f"flash_attention: a bias of one dimension is a slope for each of {h} heads; "
                                  f"got {tuple(bias.shape)}. For one number a key pass (1, {m})")  # fmt: skip
-            bias, slopes = None, bias.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+            bias, slopes = None, bias.to(wide(q.dtype)).contiguous()
         else:
             bias = _four("bias", bias, (b, h, n, m))
     if mask is not None:
@@ -613,11 +684,10 @@ def flash_attention(q, k, v, causal=False, window=None, bias=None, scale=None, r
 
 def pairs(n, m, causal=False, window=None):
     """How many of the n m pairs of a query and a key are visible: what the FLOPs of a row of the benchmark count."""
-    count = 0
-    for position in range(m - n, m):
-        last = position if causal else m - 1 if window is None else min(m - 1, position + window - 1)
-        count += max(0, last + 1 - (0 if window is None else max(0, position - window + 1)))
-    return count
+    position = torch.arange(m - n, m)
+    last = position if causal else (position + (m if window is None else window - 1)).clamp(max=m - 1)
+    first = 0 if window is None else (position - window + 1).clamp(min=0)
+    return int((last + 1 - first).clamp(min=0).sum())
 
 
 def benchmarks():
@@ -646,6 +716,8 @@ def benchmarks():
             "peers": {"SDPA flash": peer(SDPBackend.FLASH_ATTENTION, causal),
                       "SDPA cuDNN": peer(SDPBackend.CUDNN_ATTENTION, causal)},
             "differentiate": (0, 1, 2), "bytes": None, "backward_bytes": None,
+            "tiny": {"b": 2, "h": 2, "n": 40, "e": 16}, "eager": None,
+            "part": lambda x: x[-1:, -1:],  # the last head of the last text: none depends on another
             "flops": work, "backward_flops": lambda s: 5 * work(s) // 2,  # five products, as FlashAttention-2 counts
         }  # fmt: skip
 

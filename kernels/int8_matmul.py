@@ -9,11 +9,13 @@ from torch.autograd.function import once_differentiable
 from ._runtime import (
     INTERPRET,
     accumulator,
+    autocast,
     autotune,
     check,
     empty,
     jit,
     operand,
+    operator,
     precision,
     tl,
     triton,
@@ -129,7 +131,7 @@ def _product(
 
 
 def _launch(x, weight, scale, like, step=None):
-    """x (m, k) times weight (k, n), times step of the row and scale of the column, in the dtype of `like`."""
+    """x (m, k) times weight (k, n), times step of the row and scale of the column, in the dtype of `like`: (m, n)."""
     (m, k), n = x.shape, weight.shape[1]
     c = empty((m, n), like=like)
     if c.numel() == 0:
@@ -143,20 +145,64 @@ def _launch(x, weight, scale, like, step=None):
     return c
 
 
+def _rows(x):
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor scale) -> Tensor",
+    lambda x, weight, scale: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+def compute(x, weight, scale):
+    return _launch(_rows(x), weight.t(), scale, x).view(*x.shape[:-1], len(weight))
+
+
+@operator(
+    "(Tensor dy, Tensor weight, Tensor scale) -> Tensor",
+    lambda dy, weight, scale: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+)
+def differentiate(dy, weight, scale):
+    scaled = (_rows(dy) * scale).to(dy.dtype)  # the scale belongs to what is summed over here
+    return _launch(scaled, weight, None, dy).view(*dy.shape[:-1], weight.shape[1])
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor scale) -> Tensor",
+    lambda x, weight, scale: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+def compute_dynamic(x, weight, scale):
+    codes, step = compute_codes(_rows(x))
+    return _launch(codes, weight.t(), scale, x, step).view(*x.shape[:-1], len(weight))
+
+
+@operator(
+    "(Tensor weight) -> (Tensor, Tensor)",
+    lambda weight: (
+        weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    ),
+)  # fmt: skip
+def compute_codes(weight):
+    n, k = weight.shape
+    codes, scale = empty((n, k), like=weight, dtype=torch.int8), empty((n,), like=weight, dtype=torch.float32)
+    if n:
+        rows, block = (16, 1024) if INTERPRET else (4, 1024)
+        _quantize[(triton.cdiv(n, rows),)](weight, codes, scale, n, k, *weight.stride(), ROWS=rows, BLOCK=block)
+    return codes, scale
+
+
 class _Int8Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, scale):
-        ctx.save_for_backward(weight, scale)
-        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return _launch(flat, weight.t(), scale, x).view(*x.shape[:-1], len(weight))
+    def forward(x, weight, scale):
+        return compute(x, weight, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weight, scale = ctx.saved_tensors
-        flat = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-        dx = _launch((flat * scale).to(dy.dtype), weight, None, dy)  # the scale belongs to what is summed over here
-        return dx.view(*dy.shape[:-1], weight.shape[1]), None, None
+        return differentiate(dy, *ctx.saved_tensors), None, None
 
 
 def _checked(name, x, weight, scale):
@@ -181,13 +227,7 @@ def quantize(weight):
     check("quantize", weight=weight)
     if weight.dim() != 2:
         raise ValueError(f"quantize: weight must be (n, k), it is {tuple(weight.shape)}")
-    weight = weight.detach()
-    n, k = weight.shape
-    codes, scale = empty((n, k), like=weight, dtype=torch.int8), empty((n,), like=weight, dtype=torch.float32)
-    if n:
-        rows, block = (16, 1024) if INTERPRET else (4, 1024)
-        _quantize[(triton.cdiv(n, rows),)](weight, codes, scale, n, k, *weight.stride(), ROWS=rows, BLOCK=block)
-    return codes, scale
+    return compute_codes(weight.detach())
 
 
 def int8_matmul(x, weight_int8, scale):
@@ -203,6 +243,7 @@ def int8_matmul(x, weight_int8, scale):
     and scale. Raises ValueError for another device or dtype, or sizes that do not fit.
     Source: "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022.
     """
+    (x,) = autocast(x)
     _checked("int8_matmul", x, weight_int8, scale)
     return _Int8Matmul.apply(x, weight_int8, scale.contiguous())
 
@@ -214,9 +255,9 @@ def int8_matmul_dynamic(x, weight_int8, scale):
     On top of the error of `int8_matmul` comes that of x: step_i / 2 * sum_k |codes_jk| scale_j. One large entry in a
     row makes the step of that row large. For inference: no gradient. Shapes, dtypes, errors and source as there.
     """
+    (x,) = autocast(x)
     _checked("int8_matmul_dynamic", x, weight_int8, scale)
-    codes, step = quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-    return _launch(codes, weight_int8.t(), scale.contiguous(), x, step).view(*x.shape[:-1], len(weight_int8))
+    return compute_dynamic(x.detach(), weight_int8, scale.contiguous())
 
 
 class Int8Linear(nn.Module):
@@ -230,9 +271,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.multiply = multiply
 
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)  # .bfloat16() changes the bias; a scale of 8 bits would cost accuracy
+        return self
+
     def forward(self, x):
         y = self.multiply(x, self.weight_int8, self.scale)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def benchmarks():
@@ -240,17 +287,22 @@ def benchmarks():
 
     def inputs(s, dtype, device):
         weight = torch.randn(s["n"], s["k"], device=device)
-        return torch.randn(s["m"], s["k"], dtype=dtype, device=device), *quantize(weight)
+        x = torch.randn(s["m"], s["k"], dtype=dtype, device=device)
+        return x, *quantize(weight), weight.to(dtype)  # the last for those who multiply without codes
 
     common = {
         "sizes": [{"m": m, "n": 16384, "k": 4096} for m in (1, 16, 128, 8192)],
         "inputs": inputs,
-        "peers": {},
+        "peers": {"16 bits": lambda x, codes, scale, weight: x @ weight.t()},
         "differentiate": (),
         "bytes": lambda s, itemsize: (s["m"] * (s["k"] + s["n"])) * itemsize + s["n"] * (s["k"] + 4),
         "flops": lambda s: 2 * s["m"] * s["n"] * s["k"],
         "backward_bytes": None,
         "backward_flops": None,
     }
-    dynamic = {"name": "int8_matmul_dynamic", "ours": int8_matmul_dynamic, "reference": reference_dynamic}
-    return [{**common, "name": "int8_matmul", "ours": int8_matmul, "reference": reference}, {**common, **dynamic}]
+    pair = lambda ours, theirs: {"ours": lambda x, codes, scale, _: ours(x, codes, scale),
+                                 "reference": lambda x, codes, scale, _: theirs(x, codes, scale)}  # fmt: skip
+    return [
+        {**common, "name": "int8_matmul", **pair(int8_matmul, reference)},
+        {**common, "name": "int8_matmul_dynamic", **pair(int8_matmul_dynamic, reference_dynamic)},
+    ]

@@ -5,8 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ._rows import as_rows, check_shapes, load_sum, partial_sums, programs, scale, tile
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._rows import (
+    as_rows,
+    check_shapes,
+    load_sum,
+    one_type,
+    partial_sums,
+    programs,
+    scale,
+    shapes_backward,
+    shapes_forward,
+    stages,
+    tile,
+)
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, spread, tl, triton, wide
 
 LONGEST = 16384  # columns that the one-pass forward kernel holds in registers
 LONGEST_BACKWARD = 8192  # backward holds two rows and two sums of rows
@@ -79,12 +91,12 @@ def _forward_long(X, R, S, W, B, Y, MEAN, RSTD, x_stride, r_stride, n, eps, ACC:
 
 @jit
 def _backward(S, DY, DS, W, MEAN, RSTD, DX, DW, DB, s_stride, dy_stride, ds_stride, rows, n, ACC: tl.constexpr,
-              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dx of ROWS rows at a time, and one row each of partial sums for dweight and dbias per program."""
     column = tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < rows) & (column < n)
         mean = tl.load(MEAN + row, mask=row < rows, other=0.0)
@@ -143,12 +155,12 @@ def _backward_long(S, DY, DS, W, MEAN, RSTD, DX, s_stride, dy_stride, ds_stride,
 
 @jit
 def _columns(S, DY, MEAN, RSTD, DW, DB, s_stride, dy_stride, rows, n, ACC: tl.constexpr, ROWS: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Partial sums for dweight and dbias of BLOCK columns, where rows are too long for `_backward` to hold them."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < rows) & (column < n)
         mean = tl.load(MEAN + row, mask=row < rows, other=0.0)
@@ -164,48 +176,71 @@ def _columns(S, DY, MEAN, RSTD, DW, DB, s_stride, dy_stride, rows, n, ACC: tl.co
         tl.store(DB + tl.program_id(0) * n + column, tl.sum(db, 0), mask=column < n)
 
 
+@operator(
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor[]",
+    lambda x, weight, bias, eps, residual: shapes_forward(x, residual, 2),
+)
+def compute(x, weight, bias, eps, residual):
+    """y, mean and rstd of each row, and x + residual where there is one."""
+    flat, y = as_rows(x), empty(x.shape, like=x)
+    other = None if residual is None else as_rows(residual)
+    total = None if residual is None else empty(x.shape, like=x)
+    (rows, n), acc = flat.shape, accumulator(x.dtype)
+    mean, rstd = (empty((rows,), like=x, dtype=wide(x.dtype)) for _ in range(2))
+    tensors = (flat, other, total, weight, bias, y, mean, rstd)
+    strides = (flat.stride(0), 0 if other is None else other.stride(0))
+    if n <= LONGEST:
+        sizes = tile(n, rows)
+        _forward[(triton.cdiv(rows, sizes["ROWS"]),)](*tensors, *strides, rows, n, eps, ACC=acc, **sizes)
+    else:
+        _forward_long[(rows,)](*tensors, *strides, n, eps, ACC=acc)
+    return [y, mean, rstd] if total is None else [y, mean, rstd, total]
+
+
+@operator(
+    "(Tensor s, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? dy, Tensor? dtotal) -> Tensor[]",
+    lambda s, weight, bias, *_: shapes_backward(s, weight, bias),
+)
+def differentiate(s, weight, bias, mean, rstd, dy, dtotal):
+    """dx, and of those that are there dweight and dbias."""
+    dx, s = empty(s.shape, like=s), as_rows(s)
+    (rows, n), acc = s.shape, accumulator(s.dtype)
+    dy = as_rows(torch.zeros_like(s) if dy is None else dy)
+    dtotal = None if dtotal is None else as_rows(dtotal)
+    strides = (s.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0))
+    sizes = tile(n, rows, each=16)
+    ahead = stages(s, sizes["ROWS"] * sizes["BLOCK"])
+    count = programs(s.device, triton.cdiv(rows, sizes["ROWS"]), sizes["num_warps"])
+    dw, db = partial_sums(weight, count, mean), partial_sums(bias, count, mean)
+    if n <= LONGEST_BACKWARD:
+        inputs = (s, dy, dtotal, weight, mean, rstd, dx, dw, db)
+        _backward[(count,)](*inputs, *strides, rows, n, ACC=acc, STAGES=ahead, **sizes)
+    else:
+        _backward_long[(rows,)](s, dy, dtotal, weight, mean, rstd, dx, *strides, n, ACC=acc)
+        if weight is not None or bias is not None:
+            grid = (count, triton.cdiv(n, COLUMNS["BLOCK"]))
+            _columns[grid](s, dy, mean, rstd, dw, db, *strides[:2], rows, n, ACC=acc, STAGES=3, **COLUMNS)
+    return [dx, *(part.sum(0).to(p.dtype) for part, p in ((dw, weight), (db, bias)) if p is not None)]
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, residual):
+    def forward(x, weight, bias, eps, residual):
+        return tuple(compute(x, weight, bias, eps, residual))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, residual = inputs
         ctx.set_materialize_grads(False)
-        flat, y = as_rows(x), empty(x.shape, like=x)
-        other = None if residual is None else as_rows(residual)
-        total = None if residual is None else empty(x.shape, like=x)
-        (rows, n), acc = flat.shape, accumulator(x.dtype)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, rstd = (empty((rows,), like=x, dtype=wide) for _ in range(2))
-        tensors = (flat, other, total, weight, bias, y, mean, rstd)
-        strides = (flat.stride(0), 0 if other is None else other.stride(0))
-        if n <= LONGEST:
-            sizes = tile(n, rows)
-            _forward[(triton.cdiv(rows, sizes["ROWS"]),)](*tensors, *strides, rows, n, eps, ACC=acc, **sizes)
-        else:
-            _forward_long[(rows,)](*tensors, *strides, n, eps, ACC=acc)
-        ctx.save_for_backward(flat if total is None else total.view(rows, n), weight, bias, mean, rstd)
-        ctx.shape = x.shape
-        return y if total is None else (y, total)
+        ctx.mark_non_differentiable(*output[1:3])
+        ctx.save_for_backward(x if residual is None else output[3], weight, bias, *output[1:3])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dtotal=None):
-        s, weight, bias, mean, rstd = ctx.saved_tensors
-        (rows, n), acc = s.shape, accumulator(s.dtype)
-        dy = as_rows(torch.zeros_like(s) if dy is None else dy)
-        dtotal = None if dtotal is None else as_rows(dtotal)
-        dx = empty(ctx.shape, like=s)
-        strides = (s.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0))
-        sizes = tile(n, rows, each=16)
-        count = programs(s.device, triton.cdiv(rows, sizes["ROWS"]), sizes["num_warps"])
-        dw, db = partial_sums(weight, count, mean), partial_sums(bias, count, mean)
-        if n <= LONGEST_BACKWARD:
-            inputs = (s, dy, dtotal, weight, mean, rstd, dx, dw, db)
-            _backward[(count,)](*inputs, *strides, rows, n, ACC=acc, **sizes)
-        else:
-            _backward_long[(rows,)](s, dy, dtotal, weight, mean, rstd, dx, *strides, n, ACC=acc)
-            if weight is not None or bias is not None:
-                grid = (count, triton.cdiv(n, COLUMNS["BLOCK"]))
-                _columns[grid](s, dy, mean, rstd, dw, db, *strides[:2], rows, n, ACC=acc, **COLUMNS)
-        dw, db = (None if part is None else part.sum(0).to(s.dtype) for part in (dw, db))
+    def backward(ctx, dy, _mean, _rstd, dtotal=None):
+        _, weight, bias, *_ = ctx.saved_tensors
+        found = differentiate(*ctx.saved_tensors, dy, dtotal)
+        dx, dw, db = spread(found, [True, weight is not None, bias is not None])
         return dx, dw, db, None, dx if ctx.needs_input_grad[4] else None
 
 
@@ -216,9 +251,9 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
     With n = normalized entry and g = dy * weight: dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps), dweight =
     sum of dy n and dbias = sum of dy over all rows.
 
-    x and residual: (..., n), weight and bias: (n,) or None, one dtype of fp32, fp16, bf16 or fp64; y and s have the
-    shape and dtype of x. Computed in fp32 (fp64 for fp64); s is rounded to its dtype before it is normalized. Any
-    strides: rows that do not lie together in memory are copied first.
+    x and residual: (..., n) of one dtype, weight and bias: (n,) or None, of one that may be another: fp32, fp16, bf16
+    or fp64. y and s have the shape and dtype of x, under autocast too. Computed in fp32 (fp64 for fp64); s is rounded
+    to its dtype before it is normalized. Any strides: rows that do not lie together in memory are copied first.
 
     Forward reads x once (twice beyond LONGEST columns) and writes y; the residual adds one read and one write. Stored
     for backward: x or s, and 2 numbers per row. Backward reads it and dy once and writes dx; each program sums
@@ -226,12 +261,15 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
     every time. Beyond LONGEST_BACKWARD columns the weight's gradient has a kernel of its own, and all is read 3 times.
     Raises ValueError for another device, dtype or shape. Source: "Layer Normalization", 2016.
     """
-    check("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    x, residual = one_type(x, residual)
+    check("layer_norm", x=x, residual=residual)
+    check("layer_norm", weight=weight, bias=bias)
     check_shapes("layer_norm", x, residual, weight=weight, bias=bias)
     if x.numel() == 0:
         return reference(x, weight, bias, eps, residual)
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
-    return _LayerNorm.apply(x, weight, bias, eps, residual)
+    y, _, _, *total = _LayerNorm.apply(x, weight, bias, eps, residual)
+    return (y, *total) if total else y
 
 
 class LayerNorm(nn.LayerNorm):
@@ -256,6 +294,14 @@ def _inputs(size, dtype, device, residual):
     return (make(*shape), make(shape[1]), make(shape[1]), 1e-5, *((make(*shape),) if residual else ()))
 
 
+def _reach(n, direction, residual):
+    """The share of the copy bandwidth that the traffic of long rows allows: they are read more than once."""
+    if direction == "forward":
+        least = 4 if residual else 2
+        return 1.0 if n <= LONGEST else least / (least + 1)  # what is normalized is read again
+    return 1.0 if n <= LONGEST_BACKWARD else (3 + residual) / (7 + residual)  # s and dy three times, not once
+
+
 def benchmarks():
     """What kernels/bench.py measures: alone and with a residual, over the widths of models and beyond."""
     torch_norm = lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps)
@@ -273,6 +319,7 @@ def benchmarks():
             "flops": None,
             "backward_bytes": lambda s, size, residual=residual: (3 + residual) * s["rows"] * s["columns"] * size,
             "backward_flops": None,
+            "reach": lambda s, direction, residual=residual: _reach(s["columns"], direction, residual),
         }
         for name, residual in (("layer_norm", False), ("layer_norm with residual", True))
     ]

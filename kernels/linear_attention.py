@@ -18,7 +18,24 @@ Sources: "Transformers are RNNs", 2020; "Retentive Network: A Successor to Trans
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import (
+    INTERPRET,
+    accumulator,
+    autocast,
+    autotune,
+    check,
+    config,
+    empty,
+    in_shared,
+    jit,
+    operand,
+    operator,
+    precision,
+    readable,
+    tl,
+    triton,
+    wide,
+)
 
 UNIT = 64 if INTERPRET else 256  # a segment's tokens are a multiple of this, which every CHUNK below divides
 PROGRAMS = 8 if INTERPRET else 4 * 132  # sequences are cut until about so many programs run
@@ -144,8 +161,16 @@ EXACT = _configs((16, 32, 4, 1), (16, 32, 8, 1))  # float32 without tensor cores
 
 
 def _usable(configs, arguments, **constants):
+    """Small tiles for exact float32, else those that fit into shared memory: three tiles a stage, state and scores."""
     small = constants["DOT"] == tl.float32 and constants["PRECISION"] == "ieee"
-    return [c for c in configs if (c.kwargs["CHUNK"] == 16) == small]
+    q, rows = arguments["q"], constants["ROWS"]
+
+    def need(c):
+        chunk, columns = c.kwargs["CHUNK"], c.kwargs["COLUMNS"]
+        tiles = c.num_stages * chunk * (2 * rows + columns)
+        return (tiles + rows * columns + chunk * chunk) * q.element_size()
+
+    return in_shared([c for c in configs if (c.kwargs["CHUNK"] == 16) == small], q, need)
 
 
 @autotune(
@@ -239,17 +264,12 @@ def _exact(dtype):
     return dtype == torch.float32 and precision(dtype) == "ieee" and not INTERPRET
 
 
-def _wide(dtype):
-    """The dtype of states: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _boundaries(k, v, decay, initial, plan, write=1.0, reverse=False):
     """The state before each segment (b h, segments, e, c), or None when it is zero and there is one segment."""
     (b, h, n, e), c, (span, segments) = k.shape, v.shape[-1], plan
     if segments == 1:
         return None if initial is None else initial.reshape(b * h, 1, e, c)
-    states = empty((b * h, segments, e, c), like=k, dtype=_wide(k.dtype))
+    states = empty((b * h, segments, e, c), like=k, dtype=wide(k.dtype))
     exact = _exact(k.dtype)
     rows, columns = (min(32 if exact else 64, max(16, triton.next_power_of_2(size))) for size in (e, c))
     _sums[(triton.cdiv(e, rows) * triton.cdiv(c, columns) * (segments - 1) * b * h,)](
@@ -272,13 +292,13 @@ def _attend(q, k, v, decay, states, plan, read=1.0, write=1.0, reverse=False, fi
         cuts = [slice(start, start + widest) for start in range(0, e, widest)]
         parts = [
             _attend(q[..., cut], k[..., cut], v, decay, None if states is None else states[..., cut, :], plan, read,
-                    write, reverse, final, _wide(q.dtype))
+                    write, reverse, final, wide(q.dtype))
             for cut in cuts
         ]  # fmt: skip
         out = torch.stack([part[0] for part in parts]).sum(0).to(dtype or v.dtype)
         return out, torch.cat([part[1] for part in parts], 2) if final else None
     out = empty((b, h, n, c), like=v, dtype=dtype)
-    last = empty((b, h, e, c), like=v, dtype=_wide(v.dtype)) if final else None
+    last = empty((b, h, e, c), like=v, dtype=wide(v.dtype)) if final else None
     _outputs[lambda meta: (triton.cdiv(c, meta["COLUMNS"]) * segments * b * h,)](
         q, k, v, out, out if states is None else states, out if last is None else last, q if decay is None else decay,
         n, h, segments, span, read, write, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -289,32 +309,70 @@ def _attend(q, k, v, decay, states, plan, read=1.0, write=1.0, reverse=False, fi
     return out, last
 
 
+def _states_shape(q, k, v, log_decay, state, scale, final):
+    """What `compute` returns, for compilers. Sizes that are symbols become numbers."""
+    (b, h, n, e), c = q.shape, v.shape[-1]
+    segments, acc = _plan(int(b), int(h), int(n), int(c))[1], wide(q.dtype)
+    found = [v.new_empty(b, h, n, c)]
+    found += [v.new_empty(b, h, e, c, dtype=acc)] if final else []
+    return found + ([v.new_empty(b * h, segments, e, c, dtype=acc)] if segments > 1 else [])
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, float scale, bool final) -> Tensor[]",
+    _states_shape,
+)
+def compute(q, k, v, log_decay, state, scale, final):
+    """The outputs; if `final`, the state behind the last token; the states before each of several segments."""
+    plan = _plan(*q.shape[:3], v.shape[-1])
+    states = _boundaries(k, v, log_decay, state, plan)
+    out, last = _attend(q, k, v, log_decay, states, plan, read=scale, final=final)
+    return [out, *([last] if final else []), *([states] if plan[1] > 1 else [])]
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor? states, Tensor? grad, Tensor? grad_last,"
+    " float scale) -> Tensor[]",
+    lambda q, k, v, log_decay, state, *_: [t.new_empty(t.shape) for t in (q, k, v, state) if t is not None],
+)
+def differentiate(q, k, v, log_decay, state, states, grad, grad_last, scale):
+    """The gradients of q, k and v, and of the first state if one was given."""
+    (b, h, n, e), c = q.shape, v.shape[-1]
+    plan = _plan(b, h, n, c)
+    if states is None and state is not None:
+        states = state.reshape(b * h, 1, e, c)
+    grad = torch.zeros_like(v) if grad is None else _rows(grad)
+    grad_last = None if grad_last is None else grad_last.contiguous()
+    turned = lambda states: None if states is None else states.transpose(-2, -1)
+    dq, _ = _attend(grad, v, k, log_decay, turned(states), plan, read=scale)
+    ahead = _boundaries(q, grad, log_decay, grad_last, plan, write=scale, reverse=True)
+    back = {"write": scale, "reverse": True}
+    dv, dstate = _attend(k, q, grad, log_decay, ahead, plan, final=state is not None, **back)
+    dk, _ = _attend(v, grad, q, log_decay, turned(ahead), plan, **back)
+    return [dq, dk, dv] if state is None else [dq, dk, dv, dstate]
+
+
 class LinearAttention(torch.autograd.Function):
     """Stores q, k, v and the states before each segment."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, state, scale, final):
-        plan = _plan(*q.shape[:3], v.shape[-1])
-        states = _boundaries(k, v, log_decay, state, plan)
-        out, last = _attend(q, k, v, log_decay, states, plan, read=scale, final=final)
-        ctx.save_for_backward(q, k, v, log_decay, states)
-        ctx.scale, ctx.plan, ctx.given = scale, plan, state is not None
+    def forward(q, k, v, log_decay, state, scale, final):
+        return tuple(compute(q, k, v, log_decay, state, scale, final))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.final = inputs
+        states = output[1 + ctx.final :]
+        ctx.mark_non_differentiable(*states)
+        ctx.save_for_backward(*tensors, *(states or (None,)))
         ctx.set_materialize_grads(False)
-        return out, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, grad_last):
-        q, k, v, log_decay, states = ctx.saved_tensors
-        grad = torch.zeros_like(v) if grad is None else _rows(grad)
-        grad_last = None if grad_last is None else grad_last.contiguous()
-        turned = lambda states: None if states is None else states.transpose(-2, -1)
-        dq, _ = _attend(grad, v, k, log_decay, turned(states), ctx.plan, read=ctx.scale)
-        ahead = _boundaries(q, grad, log_decay, grad_last, ctx.plan, write=ctx.scale, reverse=True)
-        back = {"write": ctx.scale, "reverse": True}
-        dv, dstate = _attend(k, q, grad, log_decay, ahead, ctx.plan, final=ctx.given, **back)
-        dk, _ = _attend(v, grad, q, log_decay, turned(ahead), ctx.plan, **back)
-        return dq, dk, dv, None, dstate, None, None
+    def backward(ctx, grad, *rest):
+        grad_last = rest[0] if ctx.final else None
+        dq, dk, dv, *dstate = differentiate(*ctx.saved_tensors, grad, grad_last, ctx.scale)
+        return dq, dk, dv, None, dstate[0] if dstate else None, None, None
 
 
 def _rows(x):
@@ -341,6 +399,7 @@ def linear_attention(q, k, v, decay=None, scale=None, state=None, return_state=F
     would stop a GPU's queue: there a decay below or at 0 gives nan).
     Sources: "Transformers are RNNs", 2020; "Retentive Network: A Successor to Transformer", 2023.
     """
+    q, k, v = autocast(q, k, v)
     check("linear_attention", q=q, k=k, v=v)
     if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(
@@ -361,13 +420,13 @@ def linear_attention(q, k, v, decay=None, scale=None, state=None, return_state=F
         check("linear_attention", state=state)
         if state.shape != (b, h, e, c):
             raise ValueError(f"linear_attention: state must be {(b, h, e, c)}, it is {tuple(state.shape)}")
-        state = state.to(_wide(q.dtype)).contiguous()
+        state = state.to(wide(q.dtype)).contiguous()
     if not q.numel() or not v.numel():
         return reference(q, k, v, decay, scale, state, return_state)
-    log_decay = None if decay is None else decay.double().log2().to(_wide(q.dtype))
+    log_decay = None if decay is None else decay.double().log2().to(wide(q.dtype))
     scale = 1.0 if scale is None else float(scale)
-    out, last = LinearAttention.apply(_rows(q), _rows(k), _rows(v), log_decay, state, scale, return_state)
-    return (out, last) if return_state else out
+    found = LinearAttention.apply(_rows(q), _rows(k), _rows(v), log_decay, state, scale, return_state)
+    return found[:2] if return_state else found[0]
 
 
 def _check_decay(decay, heads):
@@ -376,7 +435,7 @@ def _check_decay(decay, heads):
         raise ValueError(f"linear_attention: decay has one number per head, ({heads},); got {tuple(decay.shape)}")
     if decay.requires_grad:
         raise ValueError("linear_attention: decay is a constant and requires a gradient here; pass decay.detach()")
-    if not decay.is_cuda and not ((decay > 0) & (decay <= 1)).all():
+    if readable(decay) and not ((decay > 0) & (decay <= 1)).all():
         raise ValueError(f"linear_attention: decay must be in (0, 1], got {decay.tolist()}")
 
 
@@ -387,6 +446,7 @@ def normalized_linear_attention(q, k, v, decay=None, mask=None):
     positive features, elu(x) + 1 for example: the sum is then never zero. Arguments otherwise as `linear_attention`.
     Source: "Transformers are RNNs", 2020.
     """
+    q, k, v = autocast(q, k, v)
     check("normalized_linear_attention", q=q, k=k, v=v)
     out = linear_attention(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), decay, mask=mask)
     return out[..., :-1] / out[..., -1:]
@@ -410,6 +470,7 @@ def benchmarks():
             "sizes": [
                 {"batch": 4, "heads": 16, "tokens": n, "width": width} for n in (1024, 4096) for width in (64, 128)
             ],
+            "tiny": {"batch": 1, "heads": 2, "tokens": 70, "width": 16},
             "inputs": inputs,
             "ours": linear_attention,
             "reference": quadratic,  # the recurrence is a loop over tokens, which torch.compile would unroll

@@ -9,14 +9,18 @@ from torch.autograd.function import once_differentiable
 from ._runtime import (
     INTERPRET,
     accumulator,
+    autocast,
     autotune,
     check,
     empty,
     jit,
     operand,
+    operator,
     precision,
+    spread,
     tl,
     triton,
+    wide,
 )
 from .matmul import IN_THE_INTERPRETER, configurations, fitting, product, tile_of, tuning_key
 
@@ -182,45 +186,73 @@ def _launch(kernel, x, weight, *tensors, first, more=()):
     )
 
 
+@operator(
+    "(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
+    lambda x, weight, targets: tuple(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2)),
+)
+def compute(x, weight, targets):
+    """The log-sum-exp of each token's logits, and the logit of its target: NaN where the target is no word."""
+    lse = torch.full((len(x),), -torch.inf, dtype=wide(x.dtype), device=x.device)
+    picked = torch.full_like(lse, torch.nan)
+    for first in range(0, len(weight), WORDS):
+        words = weight[first : first + WORDS]
+        part = empty((triton.cdiv(len(words), BLOCK_WORDS), len(x)), like=lse)
+        _launch(_forward, x, words, targets, part, picked, first=first)
+        lse = torch.logaddexp(lse, part.logsumexp(0))  # the log-sum-exp so far, and that of these words
+    return lse, picked
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor targets, Tensor lse, Tensor scale, int ignored, bool[] needs) -> Tensor[]",
+    lambda x, weight, targets, lse, scale, ignored, needs: [
+        t.new_empty(t.shape) for t, need in zip((x, weight), needs, strict=True) if need
+    ],
+)
+def differentiate(x, weight, targets, lse, scale, ignored, needs):
+    """The gradients of x and the weight, those that are needed."""
+    need_x, need_weight = needs
+    dx = torch.zeros(x.shape, dtype=lse.dtype, device=x.device) if need_x else None
+    dw = empty(weight.shape, like=weight) if need_weight else None
+    for first in range(0, len(weight), WORDS):
+        words = weight[first : first + WORDS]
+        total = torch.zeros(words.shape, dtype=lse.dtype, device=x.device) if need_weight else None
+        for begin in range(0, len(x), TOKENS):
+            part = slice(begin, begin + TOKENS)
+            slope = empty((len(x[part]), len(words)), like=x)
+            _launch(_slope, x[part], words, targets[part], lse[part], slope, first=first, more=(ignored,))
+            if need_x:
+                product(slope, words, add_to=dx[part])
+            if need_weight:
+                product(slope.t(), x[part], add_to=total)
+        if need_weight:
+            dw[first : first + WORDS] = total * scale  # scaled last: softmax / count would vanish in fp16
+    dx = [torch.empty_like(x, memory_format=torch.contiguous_format).copy_(dx.mul_(scale))] if need_x else []
+    return [*dx, *([dw] if need_weight else [])]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, ignored):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        lse = torch.full((len(x),), -torch.inf, dtype=wide, device=x.device)
-        picked = torch.full_like(lse, torch.nan)  # a target that is no word leaves NaN
-        for first in range(0, len(weight), WORDS):
-            words = weight[first : first + WORDS]
-            part = empty((triton.cdiv(len(words), BLOCK_WORDS), len(x)), like=lse)
-            _launch(_forward, x, words, targets, part, picked, first=first)
-            lse = torch.logaddexp(lse, part.logsumexp(0))  # the log-sum-exp so far, and that of these words
+    def forward(x, weight, targets, ignored):
+        lse, picked = compute(x, weight, targets)
         counts = targets != ignored
         count = counts.sum()
-        ctx.ignored = ignored
-        ctx.save_for_backward(x, weight, targets, lse, count)
-        return (torch.where(counts, lse - picked, 0.0).sum() / count).to(x.dtype)
+        return (torch.where(counts, lse - picked, 0.0).sum() / count).to(x.dtype), lse, count
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, targets, ctx.ignored = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, targets, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         x, weight, targets, lse, count = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[:2]
         scale = grad.to(lse.dtype) / count.clamp_min(1)  # no token counts: NaN forward, zeros here, as in torch
-        dx = torch.zeros(x.shape, dtype=lse.dtype, device=x.device) if need_x else None
-        dw = empty(weight.shape, like=weight) if need_weight else None
-        for first in range(0, len(weight), WORDS):
-            words = weight[first : first + WORDS]
-            total = torch.zeros(words.shape, dtype=lse.dtype, device=x.device) if need_weight else None
-            for begin in range(0, len(x), TOKENS):
-                part = slice(begin, begin + TOKENS)
-                slope = empty((len(x[part]), len(words)), like=x)
-                _launch(_slope, x[part], words, targets[part], lse[part], slope, first=first, more=(ctx.ignored,))
-                if need_x:
-                    product(slope, words, add_to=dx[part])
-                if need_weight:
-                    product(slope.t(), x[part], add_to=total)
-            if need_weight:
-                dw[first : first + WORDS] = total * scale  # scaled last: softmax / count would vanish in fp16
-        return dx.mul_(scale).to(x.dtype) if need_x else None, dw, None, None
+        needs = list(ctx.needs_input_grad[:2])
+        found = differentiate(x, weight, targets, lse, scale, ctx.ignored, needs)
+        return *spread(found, needs), None, None
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100):
@@ -241,6 +273,7 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100):
     Sources: "Cut Your Losses in Large-Vocabulary Language Models", 2024; "Liger Kernel: Efficient Triton Kernels for
     LLM Training", 2024.
     """
+    x, weight = autocast(x, weight)
     check("linear_cross_entropy", x=x, weight=weight)
     check("linear_cross_entropy", dtypes=(torch.int64,), targets=targets)
     sizes = f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
@@ -249,7 +282,7 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100):
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"{sizes}: x needs targets {tuple(x.shape[:-1])}")
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _LinearCrossEntropy.apply(x, weight, targets.reshape(-1), ignore_index)
+    return _LinearCrossEntropy.apply(x, weight, targets.reshape(-1), ignore_index)[0]
 
 
 def benchmarks():

@@ -11,13 +11,17 @@ from ._runtime import (
     HAS_TRITON,
     INTERPRET,
     accumulator,
+    autocast,
     autotune,
     check,
     config,
     empty,
+    in_shared,
     jit,
     operand,
+    operator,
     precision,
+    spread,
     tl,
     triton,
 )
@@ -83,19 +87,41 @@ IN_THE_INTERPRETER = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 2}
 
 
 def configurations(tiles):
-    """What autotune tries on a GPU. One that needs more shared memory than there is drops out by itself."""
+    """What autotune tries on a GPU, of what `fitting` leaves."""
     if not HAS_TRITON:
         return []
     return [config(w, s, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP=8) for m, n, k, w, s in tiles]
 
 
 def fitting(configs, arguments, **_):
-    """The configurations whose tile is not mostly outside of the product: the others would only cost tuning time."""
+    """The configurations whose tile fits the GPU and is not mostly outside of the product."""
+    a, b = [x for x in arguments.values() if isinstance(x, torch.Tensor)][:2]
+
+    def need(c):  # bytes of shared memory: a tile of each operand for every stage of the pipeline
+        m, n, k = (c.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
+        return c.num_stages * k * (m * a.element_size() + n * b.element_size())
+
+    configs = in_shared(configs, a, need)
     high, wide = (triton.next_power_of_2(arguments[size]) for size in ("m", "n"))
     lowest, highest = (0, 32) if high <= 32 else (64, high)
-    configs = [c for c in configs if lowest <= c.kwargs["BLOCK_M"] <= highest]
+    configs = [c for c in configs if lowest <= c.kwargs["BLOCK_M"] <= highest] or configs
     narrowest = min(c.kwargs["BLOCK_N"] for c in configs)
     return [c for c in configs if c.kwargs["BLOCK_N"] <= max(wide, narrowest)]
+
+
+_before = {}
+
+
+def remember(arguments, reset_only=False):
+    """Before a run of the search: keep what the kernel adds to. A result that is only written needs no copy."""
+    if arguments["ADD"] and not reset_only:
+        _before["C"] = arguments["C"].clone()
+
+
+def restore(arguments, exception=None):
+    """After it: put that back."""
+    if arguments["ADD"]:
+        arguments["C"].copy_(_before.pop("C"))
 
 
 def tuning_key(a, b):
@@ -115,7 +141,8 @@ def tuning_key(a, b):
     key=["tune"],
     interpret=dict(IN_THE_INTERPRETER),
     prune_configs_by={"early_config_prune": fitting},
-    restore_value=["C"],  # tuning runs the kernel many times, and it may add to what C holds
+    pre_hook=remember,  # tuning runs the kernel many times, and it may add to what C holds
+    post_hook=restore,
 )
 @triton.heuristics({"WHOLE_K": lambda arguments: arguments["k"] % arguments["BLOCK_K"] == 0})
 @jit
@@ -183,7 +210,7 @@ def _through_activation(X, DY, DX, count, ACTIVATION: tl.constexpr, ACC: tl.cons
 
 
 def product(a, b, bias=None, activation=None, pre=None, add_to=None):
-    """Launch the kernel: a (m, k) and b (k, n) of any strides; returns (m, n), or adds the product to `add_to`.
+    """Launch the kernel, inside of an operator: a (m, k) and b (k, n) of any strides; (m, n), or added to `add_to`.
 
     pre: contiguous tensor that receives what goes into the activation. No gradient: this is what `matmul`, its
     backward and `linear_cross_entropy` are made of.
@@ -203,32 +230,61 @@ def product(a, b, bias=None, activation=None, pre=None, add_to=None):
     return c
 
 
+def _rows(x):
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+@operator(
+    "(Tensor a, Tensor b, Tensor? bias, str? activation, bool keep) -> Tensor[]",
+    lambda a, b, bias, activation, keep: [a.new_empty(*a.shape[:-1], b.shape[1]) for _ in range(1 + keep)],
+)
+def compute(a, b, bias, activation, keep):
+    """The result and, if it is to be kept, what went into the activation."""
+    shape = (*a.shape[:-1], b.shape[1])
+    pre = [empty(shape, like=a)] if keep else []
+    c = product(_rows(a), b, None if bias is None else bias.contiguous(), activation, *pre)
+    return [c.view(shape), *pre]
+
+
+@operator(
+    "(Tensor a, Tensor b, Tensor? x, Tensor dy, str? activation, bool[] needs) -> Tensor[]",
+    lambda a, b, x, dy, activation, needs: [
+        a.new_empty(shape) for shape, need in zip((a.shape, b.shape, b.shape[1:]), needs, strict=True) if need
+    ],
+)
+def differentiate(a, b, x, dy, activation, needs):
+    """The gradients of a, b and the bias, those that are needed."""
+    flat, dy = _rows(a), _rows(dy)
+    if activation is not None and dy.numel():
+        dy, dx, block = dy.contiguous(), empty(dy.shape, like=dy), 16384 if INTERPRET else 2048
+        grid = (triton.cdiv(dy.numel(), block),)
+        acc = accumulator(dy.dtype)
+        _through_activation[grid](x, dy, dx, dy.numel(), ACTIVATION=activation, ACC=acc, BLOCK=block)
+        dy = dx
+    da = [product(dy, b.t()).view(a.shape)] if needs[0] else []
+    db = [product(flat.t(), dy)] if needs[1] else []
+    return [*da, *db, *([dy.sum(0)] if needs[2] else [])]
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, bias, activation):
-        flat = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
-        keep = activation in ("gelu", "silu") and any(ctx.needs_input_grad)
-        pre = empty((flat.shape[0], b.shape[1]), like=a) if keep else None
-        c = product(flat, b, None if bias is None else bias.contiguous(), activation, pre)
-        c = c.view(*a.shape[:-1], b.shape[1])
-        ctx.activation = activation
-        ctx.save_for_backward(a, b, c if activation == "relu" else pre)  # relu: its result tells as much as its input
-        return c
+    def forward(a, b, bias, activation, keep):
+        return tuple(compute(a, b, bias, activation, keep))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, _, ctx.activation, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        x = output[0] if ctx.activation == "relu" else output[1] if len(output) > 1 else None
+        ctx.save_for_backward(a, b, x)  # relu: its result tells as much as its input
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        a, b, x = ctx.saved_tensors
-        flat, dy = a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), dy.reshape(math.prod(a.shape[:-1]), b.shape[1])
-        if ctx.activation is not None and dy.numel():
-            dy, dx, block = dy.contiguous(), empty(dy.shape, like=dy), 16384 if INTERPRET else 2048
-            grid = (triton.cdiv(dy.numel(), block),)
-            acc = accumulator(dy.dtype)
-            _through_activation[grid](x, dy, dx, dy.numel(), ACTIVATION=ctx.activation, ACC=acc, BLOCK=block)
-            dy = dx
-        da = product(dy, b.t()).view(a.shape) if ctx.needs_input_grad[0] else None
-        db = product(flat.t(), dy) if ctx.needs_input_grad[1] else None
-        return da, db, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+    def backward(ctx, dy, *_):
+        needs = list(ctx.needs_input_grad[:3])
+        found = differentiate(*ctx.saved_tensors, dy, ctx.activation, needs)
+        return *spread(found, needs), None, None
 
 
 def matmul(a, b, bias=None, activation=None):
@@ -246,6 +302,7 @@ def matmul(a, b, bias=None, activation=None):
     Raises ValueError for sizes that do not fit, another device or dtype, or an unknown activation.
     Source: "Triton: an intermediate language and compiler for tiled neural network computations", 2019.
     """
+    a, b, bias = autocast(a, b, bias)
     check("matmul", a=a, b=b, bias=bias)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"matmul: activation is {activation!r}; it must be None or {', '.join(ACTIVATIONS)}")
@@ -253,7 +310,8 @@ def matmul(a, b, bias=None, activation=None):
         raise ValueError(f"matmul: a {tuple(a.shape)} and b {tuple(b.shape)} must be (..., k) and (k, n)")
     if bias is not None and bias.shape != b.shape[1:]:
         raise ValueError(f"matmul: bias is {tuple(bias.shape)}; b {tuple(b.shape)} needs ({b.shape[1]},)")
-    return _Matmul.apply(a, b, bias, activation)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b, bias))
+    return _Matmul.apply(a, b, bias, activation, learns and activation in ("gelu", "silu"))[0]
 
 
 class Linear(nn.Linear):

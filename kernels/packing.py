@@ -2,7 +2,7 @@
 
 import torch
 
-from ._runtime import FLOATS, autotune, check, config, empty, jit, tl, triton
+from ._runtime import FLOATS, autotune, check, config, empty, jit, operator, readable, tl, triton
 
 ANY = (*FLOATS, torch.int64, torch.int32, torch.uint8)
 
@@ -80,18 +80,27 @@ def _move(x, index, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None], values, mask=there)
 
 
+@operator("(Tensor x, Tensor index) -> Tensor", lambda x, index: x.new_empty(index.shape[0], x.shape[1]))
+def compute(x, index):
+    """Row index[r] of x as row r, zeros where it is -1."""
+    out = empty((len(index), x.shape[1]), like=x)
+    _move[lambda meta: (triton.cdiv(len(index), meta["ROWS"]), triton.cdiv(x.shape[1], meta["COLUMNS"]))](
+        x.contiguous(), index, out, len(index), x.shape[1]
+    )
+    return out
+
+
 class Move(torch.autograd.Function):
     """Rows of x by `index`. `back` is the same map read backward, so the gradient moves by `back`, and again by
     `index` if it is differentiated itself."""
 
     @staticmethod
-    def forward(ctx, x, index, back):
-        out = empty((len(index), x.shape[1]), like=x)
-        _move[lambda meta: (triton.cdiv(len(index), meta["ROWS"]), triton.cdiv(x.shape[1], meta["COLUMNS"]))](
-            x.contiguous(), index, out, len(index), x.shape[1]
-        )
-        ctx.save_for_backward(index, back)
-        return out
+    def forward(x, index, back):
+        return compute(x, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -111,17 +120,23 @@ def _moved(x, index, back):
     return Move.apply(x, index, back)
 
 
-def _map(mask, offsets, b, n, total):
+@operator(
+    "(Tensor offsets, Tensor? mask, int b, int n, SymInt total) -> (Tensor, Tensor)",
+    lambda offsets, mask, b, n, total: (offsets.new_empty(total), offsets.new_empty(b * n)),
+)
+def places(offsets, mask, b, n, total):
     """source (total,) and slot (b n,), see `_places`."""
     source = empty((total,), like=offsets)
     slot = empty((b * n,), like=offsets)
     if b * n:
         prefix = mask is None
+        mask = None if prefix else (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
         given, stride = (offsets, 0) if prefix else (mask, mask.stride(0))
         _places[(b,)](given, offsets, source, slot, n, stride, PREFIX=prefix, BLOCK=block_of(n))
     return source, slot
 
 
+@operator("(Tensor mask) -> Tensor", lambda mask: mask.new_empty(mask.shape[0] + 1, dtype=torch.int32))
 def offsets_of(mask):
     """Where each sequence begins once the padding is gone: (b + 1,) int32, from mask (b, n), True at real tokens.
 
@@ -161,8 +176,7 @@ def pack(x, mask):
         raise ValueError(f"pack: {mask.numel()} tokens do not fit 32-bit places")
     offsets = offsets_of(mask)
     total = int(offsets[-1])
-    mask = (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
-    source, slot = _map(mask, offsets, *mask.shape, total)
+    source, slot = places(offsets, mask, *mask.shape, total)
     rows = _moved(x.flatten(0, 1).flatten(1) if x.ndim > 2 else x.reshape(-1, 1), source, slot)
     return rows.reshape(total, *x.shape[2:]), offsets
 
@@ -182,14 +196,14 @@ def unpack(packed, offsets, length):
         raise ValueError(f"unpack: offsets is int32 (b + 1,) on {packed.device}; got {found}")
     if packed.ndim < 1:
         raise ValueError(f"unpack: packed is (total, ...); got {tuple(packed.shape)}")
-    if not offsets.is_cuda:
+    if readable(offsets):
         lengths = offsets.diff().tolist()
         if offsets[0] != 0 or offsets[-1] != len(packed) or min(lengths, default=0) < 0:
             raise ValueError(f"unpack: offsets rise from 0 to {len(packed)} rows; got {offsets.tolist()}")
         if max(lengths, default=0) > length:
             raise ValueError(f"unpack: a sequence of {max(lengths)} does not fit into length {length}")
     b = len(offsets) - 1
-    source, slot = _map(None, offsets.contiguous(), b, length, len(packed))
+    source, slot = places(offsets.contiguous(), None, b, length, len(packed))
     rows = _moved(packed.flatten(1) if packed.ndim > 1 else packed[:, None], slot, source)
     return rows.reshape(b, length, *packed.shape[1:])
 
@@ -211,7 +225,8 @@ def benchmarks():
     whole = lambda size: size["b"] * size["n"]
     both = {
         "sizes": [{"b": 16, "n": n, "d": d} for n, d in ((512, 768), (2048, 1024), (8192, 4096))],
-        "peers": {}, "differentiate": (0,), "flops": None, "backward_flops": None, "tiny": {"b": 3, "n": 9, "d": 5},
+        "peers": {}, "differentiate": (0,), "flops": None, "backward_flops": None,
+        "numbers": True, "tiny": {"b": 3, "n": 9, "d": 5},
     }  # fmt: skip
     there = lambda size, itemsize: 2 * total(size) * size["d"] * itemsize
     back = lambda size, itemsize: (total(size) + whole(size)) * size["d"] * itemsize

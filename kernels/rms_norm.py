@@ -5,8 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ._rows import as_rows, check_shapes, load_sum, partial_sums, programs, scale, tile
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._rows import (
+    as_rows,
+    check_shapes,
+    load_sum,
+    one_type,
+    partial_sums,
+    programs,
+    scale,
+    shapes_backward,
+    shapes_forward,
+    stages,
+    tile,
+)
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, tl, triton, wide
 
 LONGEST = 16384  # columns that the one-pass forward kernel holds in registers
 LONGEST_BACKWARD = 8192  # backward holds two rows and a sum of rows
@@ -73,11 +85,11 @@ def _forward_long(X, R, S, W, Y, RSTD, x_stride, r_stride, n, eps, ACC: tl.const
 
 @jit
 def _backward(S, DY, DS, W, RSTD, DX, DW, s_stride, dy_stride, ds_stride, rows, n, ACC: tl.constexpr,
-              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dx of ROWS rows at a time, and one row of partial sums for dweight per program."""
     column = tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < rows) & (column < n)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0.0)
@@ -128,11 +140,11 @@ def _backward_long(S, DY, DS, W, RSTD, DX, s_stride, dy_stride, ds_stride, n, AC
 
 @jit
 def _columns(S, DY, RSTD, DW, s_stride, dy_stride, rows, n, ACC: tl.constexpr, ROWS: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Partial sums for dweight of BLOCK columns, where rows are too long for `_backward` to hold them."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < rows) & (column < n)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0.0)
@@ -142,47 +154,69 @@ def _columns(S, DY, RSTD, DW, s_stride, dy_stride, rows, n, ACC: tl.constexpr, R
     tl.store(DW + tl.program_id(0) * n + column, tl.sum(dw, 0), mask=column < n)
 
 
+@operator(
+    "(Tensor x, Tensor? weight, float eps, Tensor? residual) -> Tensor[]",
+    lambda x, weight, eps, residual: shapes_forward(x, residual, 1),
+)
+def compute(x, weight, eps, residual):
+    """y, rstd of each row, and x + residual where there is one."""
+    flat, y = as_rows(x), empty(x.shape, like=x)
+    other = None if residual is None else as_rows(residual)
+    total = None if residual is None else empty(x.shape, like=x)
+    (rows, n), acc = flat.shape, accumulator(x.dtype)
+    rstd = empty((rows,), like=x, dtype=wide(x.dtype))
+    tensors = (flat, other, total, weight, y, rstd)
+    strides = (flat.stride(0), 0 if other is None else other.stride(0))
+    if n <= LONGEST:
+        sizes = tile(n, rows)
+        _forward[(triton.cdiv(rows, sizes["ROWS"]),)](*tensors, *strides, rows, n, eps, ACC=acc, **sizes)
+    else:
+        _forward_long[(rows,)](*tensors, *strides, n, eps, ACC=acc)
+    return [y, rstd] if total is None else [y, rstd, total]
+
+
+@operator(
+    "(Tensor s, Tensor? weight, Tensor rstd, Tensor? dy, Tensor? dtotal) -> Tensor[]",
+    lambda s, weight, *_: shapes_backward(s, weight),
+)
+def differentiate(s, weight, rstd, dy, dtotal):
+    """dx, and dweight if there is a weight."""
+    dx, s = empty(s.shape, like=s), as_rows(s)
+    (rows, n), acc = s.shape, accumulator(s.dtype)
+    dy = as_rows(torch.zeros_like(s) if dy is None else dy)
+    dtotal = None if dtotal is None else as_rows(dtotal)
+    strides = (s.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0))
+    sizes = tile(n, rows, each=16)
+    ahead = stages(s, sizes["ROWS"] * sizes["BLOCK"])
+    count = programs(s.device, triton.cdiv(rows, sizes["ROWS"]), sizes["num_warps"])
+    dw = partial_sums(weight, count, rstd)
+    if n <= LONGEST_BACKWARD:
+        _backward[(count,)](s, dy, dtotal, weight, rstd, dx, dw, *strides, rows, n, ACC=acc, STAGES=ahead, **sizes)
+    else:
+        _backward_long[(rows,)](s, dy, dtotal, weight, rstd, dx, *strides, n, ACC=acc)
+        if dw is not None:
+            grid = (count, triton.cdiv(n, COLUMNS["BLOCK"]))
+            _columns[grid](s, dy, rstd, dw, *strides[:2], rows, n, ACC=acc, STAGES=3, **COLUMNS)
+    return [dx] if dw is None else [dx, dw.sum(0).to(weight.dtype)]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual):
+    def forward(x, weight, eps, residual):
+        return tuple(compute(x, weight, eps, residual))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, residual = inputs
         ctx.set_materialize_grads(False)
-        flat, y = as_rows(x), empty(x.shape, like=x)
-        other = None if residual is None else as_rows(residual)
-        total = None if residual is None else empty(x.shape, like=x)
-        (rows, n), acc = flat.shape, accumulator(x.dtype)
-        rstd = empty((rows,), like=x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        tensors = (flat, other, total, weight, y, rstd)
-        strides = (flat.stride(0), 0 if other is None else other.stride(0))
-        if n <= LONGEST:
-            sizes = tile(n, rows)
-            _forward[(triton.cdiv(rows, sizes["ROWS"]),)](*tensors, *strides, rows, n, eps, ACC=acc, **sizes)
-        else:
-            _forward_long[(rows,)](*tensors, *strides, n, eps, ACC=acc)
-        ctx.save_for_backward(flat if total is None else total.view(rows, n), weight, rstd)
-        ctx.shape = x.shape
-        return y if total is None else (y, total)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x if residual is None else output[2], weight, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dtotal=None):
-        s, weight, rstd = ctx.saved_tensors
-        (rows, n), acc = s.shape, accumulator(s.dtype)
-        dy = as_rows(torch.zeros_like(s) if dy is None else dy)
-        dtotal = None if dtotal is None else as_rows(dtotal)
-        dx = empty(ctx.shape, like=s)
-        strides = (s.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0))
-        sizes = tile(n, rows, each=16)
-        count = programs(s.device, triton.cdiv(rows, sizes["ROWS"]), sizes["num_warps"])
-        dw = partial_sums(weight, count, rstd)
-        if n <= LONGEST_BACKWARD:
-            _backward[(count,)](s, dy, dtotal, weight, rstd, dx, dw, *strides, rows, n, ACC=acc, **sizes)
-        else:
-            _backward_long[(rows,)](s, dy, dtotal, weight, rstd, dx, *strides, n, ACC=acc)
-            if dw is not None:
-                grid = (count, triton.cdiv(n, COLUMNS["BLOCK"]))
-                _columns[grid](s, dy, rstd, dw, *strides[:2], rows, n, ACC=acc, **COLUMNS)
-        dw = None if dw is None else dw.sum(0).to(s.dtype)
-        return dx, dw, None, dx if ctx.needs_input_grad[3] else None
+    def backward(ctx, dy, _rstd, dtotal=None):
+        dx, *dw = differentiate(*ctx.saved_tensors, dy, dtotal)
+        return dx, dw[0] if dw else None, None, dx if ctx.needs_input_grad[3] else None
 
 
 def rms_norm(x, weight=None, eps=None, residual=None):
@@ -192,7 +226,8 @@ def rms_norm(x, weight=None, eps=None, residual=None):
     With n = normalized entry and g = dy * weight: dx = (g - n mean(g n)) / sqrt(mean(x^2) + eps) and dweight = sum of
     dy n over all rows. Nothing is centered, so the term mean(g) of layer normalization is missing.
 
-    x and residual: (..., n), weight: (n,) or None, one dtype of fp32, fp16, bf16 or fp64; eps: None means the machine
+    x and residual: (..., n) of one dtype, weight: (n,) or None, of one that may be another: fp32, fp16, bf16 or fp64.
+    y and s have the dtype of x, under autocast too. eps: None means the machine
     epsilon of fp32 (of fp64 for fp64), as in torch; that is also the type of the computation. s is rounded to its dtype
     before it is normalized. Any strides: rows that do not lie together in memory are copied first.
 
@@ -203,12 +238,15 @@ def rms_norm(x, weight=None, eps=None, residual=None):
     Raises ValueError for another device, dtype or shape.
     Source: "Root Mean Square Layer Normalization", 2019.
     """
-    check("rms_norm", x=x, weight=weight, residual=residual)
+    x, residual = one_type(x, residual)
+    check("rms_norm", x=x, residual=residual)
+    check("rms_norm", weight=weight)
     check_shapes("rms_norm", x, residual, weight=weight)
     if x.numel() == 0:
         return reference(x, weight, eps, residual)
     eps = default_eps(x) if eps is None else eps
-    return _RMSNorm.apply(x, None if weight is None else weight.contiguous(), eps, residual)
+    y, _, *total = _RMSNorm.apply(x, None if weight is None else weight.contiguous(), eps, residual)
+    return (y, *total) if total else y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -233,6 +271,14 @@ def _inputs(size, dtype, device, residual):
     return (make(*shape), make(shape[1]), 1e-6, *((make(*shape),) if residual else ()))
 
 
+def _reach(n, direction, residual):
+    """The share of the copy bandwidth that the traffic of long rows allows: they are read more than once."""
+    if direction == "forward":
+        least = 4 if residual else 2
+        return 1.0 if n <= LONGEST else least / (least + 1)  # what is normalized is read again
+    return 1.0 if n <= LONGEST_BACKWARD else (3 + residual) / (7 + residual)  # s and dy three times, not once
+
+
 def benchmarks():
     """What kernels/bench.py measures: alone and with a residual, over the widths of models and beyond."""
     torch_norm = lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)
@@ -250,6 +296,7 @@ def benchmarks():
             "flops": None,
             "backward_bytes": lambda s, size, residual=residual: (3 + residual) * s["rows"] * s["columns"] * size,
             "backward_flops": None,
+            "reach": lambda s, direction, residual=residual: _reach(s["columns"], direction, residual),
         }
         for name, residual in (("rms_norm", False), ("rms_norm with residual", True))
     ]

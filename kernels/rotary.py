@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, tl, triton
 
 
 def reference(x, cos, sin, pairs=False):
@@ -41,6 +41,9 @@ def _turn(
     head = (tl.program_id(0) // blocks % groups).to(tl.int64) * HEADS
     batch = (tl.program_id(0) // blocks // groups).to(tl.int64)
     row, plane, rest = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDE)[None, :], tl.arange(0, REST_WIDE)[None, :]
+    row, plane, rest = row.to(tl.int64), plane.to(tl.int64), rest.to(tl.int64)  # strides may be as large as tensors
+    x_h, out_h = tl.cast(x_h, tl.int64), tl.cast(out_h, tl.int64)
+    cos_h, sin_h = tl.cast(cos_h, tl.int64), tl.cast(sin_h, tl.int64)
     here = row < tokens - start
     x_ptr += batch * x_b + head * x_h + start * x_n
     out_ptr += batch * out_b + head * out_h + start * out_n
@@ -58,7 +61,7 @@ def _turn(
         turn = -sin if BACK else sin  # the backward pass turns by minus the angle
         x, out = x_ptr + i * x_h + row * x_n, out_ptr + i * out_h + row * out_n
         if PAIRS:  # neighbors are loaded together and parted in registers
-            both = tl.arange(0, 2 * WIDE)[None, :]
+            both = tl.arange(0, 2 * WIDE)[None, :].to(tl.int64)
             mask = there & (both < 2 * C)
             pair = tl.load(x + both * x_e, mask=mask).to(ACC)
             a, b = tl.split(tl.reshape(pair, (BLOCK, WIDE, 2)))
@@ -81,7 +84,11 @@ def _four(x, lead):
     return x[(None,) * (2 - len(lead))] if len(lead) < 3 else x.reshape(-1, *x.shape[-3:])
 
 
-def _launch(x, cos, sin, pairs, back):
+@operator(
+    "(Tensor x, Tensor cos, Tensor sin, bool pairs, bool back) -> Tensor",
+    lambda x, cos, sin, pairs, back: x.new_empty(x.shape),
+)
+def compute(x, cos, sin, pairs, back):
     out = empty(x.shape, like=x)
     if not out.numel():
         return out
@@ -101,16 +108,20 @@ def _launch(x, cos, sin, pairs, back):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, pairs):
-        ctx.pairs, learned = pairs, ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    def forward(x, cos, sin, pairs):
+        return compute(x, cos, sin, pairs, False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, cos, sin, ctx.pairs = inputs
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(cos, sin, x if learned else None)
-        return _launch(x, cos, sin, pairs, back=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         cos, sin, x = ctx.saved_tensors
-        grad_x = _launch(grad, cos, sin, ctx.pairs, back=True) if ctx.needs_input_grad[0] else None
+        grad_x = compute(grad, cos, sin, ctx.pairs, True) if ctx.needs_input_grad[0] else None
         if x is None:
             return grad_x, None, None, None
         c = cos.shape[-1]  # learned angles are rare: their gradient is left to torch

@@ -13,7 +13,7 @@ State-space models, gated recurrences and moving averages are made of it. Source
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, tl, triton, wide
 
 
 def reference(decay, x, state=None, return_state=False):
@@ -115,41 +115,58 @@ def _backward(
         tl.store(dstate + batch * channels + c[None, :], carried[None, :] * first, mask=known[None, :])
 
 
+@operator(
+    "(Tensor decay, Tensor x, Tensor? state) -> (Tensor, Tensor)",
+    lambda decay, x, state: (x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], dtype=wide(x.dtype))),
+)
+def compute(decay, x, state):
+    """The result and the state behind the last token."""
+    b, n, channels = x.shape
+    out, last = empty(x.shape, like=x), empty((b, channels), like=x, dtype=wide(x.dtype))
+    _forward[lambda meta: (b * triton.cdiv(channels, meta["BLOCK_C"]),)](
+        decay, x, last if state is None else state, out, last, n, channels, *decay.stride()[:2], *x.stride()[:2],
+        GIVEN=state is not None, ACC=accumulator(x.dtype),
+    )  # fmt: skip
+    return out, last
+
+
+@operator(
+    "(Tensor decay, Tensor out, Tensor? state, Tensor? grad, Tensor? grad_last) -> Tensor[]",
+    lambda decay, out, state, *_: [t.new_empty(t.shape) for t in (out, out, state) if t is not None],
+)
+def differentiate(decay, out, state, grad, grad_last):
+    """The gradients of decay, of x and of the state, if there is one."""
+    b, n, channels = out.shape
+    grad = torch.zeros_like(out) if grad is None else _rows(grad)
+    grad_last = None if grad_last is None else grad_last.contiguous()
+    dx, da = empty(out.shape, like=out), empty(out.shape, like=out)
+    dstate = None if state is None else empty(state.shape, like=state)
+    _backward[lambda meta: (b * triton.cdiv(channels, meta["BLOCK_C"]),)](
+        decay, out, out if state is None else state, grad, grad if grad_last is None else grad_last, dx, da,
+        dx if state is None else dstate, n, channels, *decay.stride()[:2], *grad.stride()[:2],
+        GIVEN=state is not None, ENDED=grad_last is not None, ACC=accumulator(out.dtype),
+    )  # fmt: skip
+    return [da, dx] if state is None else [da, dx, dstate]
+
+
 class LinearScan(torch.autograd.Function):
     """Stores decay and the result."""
 
     @staticmethod
-    def forward(ctx, decay, x, state):
-        (b, n, channels), acc = x.shape, _wide(x.dtype)
-        out, last = empty(x.shape, like=x), empty((b, channels), like=x, dtype=acc)
-        _forward[lambda meta: (b * triton.cdiv(channels, meta["BLOCK_C"]),)](
-            decay, x, last if state is None else state, out, last, n, channels, *decay.stride()[:2], *x.stride()[:2],
-            GIVEN=state is not None, ACC=accumulator(x.dtype),
-        )  # fmt: skip
-        ctx.save_for_backward(decay, out, state)
+    def forward(decay, x, state):
+        return compute(decay, x, state)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        decay, _, state = inputs
+        ctx.save_for_backward(decay, output[0], state)
         ctx.set_materialize_grads(False)
-        return out, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_last):
-        decay, out, state = ctx.saved_tensors
-        b, n, channels = out.shape
-        grad = torch.zeros_like(out) if grad is None else _rows(grad)
-        grad_last = None if grad_last is None else grad_last.contiguous()
-        dx, da = empty(out.shape, like=out), empty(out.shape, like=out)
-        dstate = None if state is None else empty(state.shape, like=state)
-        _backward[lambda meta: (b * triton.cdiv(channels, meta["BLOCK_C"]),)](
-            decay, out, out if state is None else state, grad, grad if grad_last is None else grad_last, dx, da,
-            dx if state is None else dstate, n, channels, *decay.stride()[:2], *grad.stride()[:2],
-            GIVEN=state is not None, ENDED=grad_last is not None, ACC=accumulator(out.dtype),
-        )  # fmt: skip
-        return da, dx, dstate
-
-
-def _wide(dtype):
-    """The dtype of states: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        da, dx, *dstate = differentiate(*ctx.saved_tensors, grad, grad_last)
+        return da, dx, dstate[0] if dstate else None
 
 
 def _rows(x):
@@ -179,7 +196,7 @@ def linear_scan(decay, x, state=None, return_state=False):
                 f"linear_scan: state must be {(x.shape[0], x.shape[2])} for x {tuple(x.shape)}, "
                 f"it is {tuple(state.shape)}"
             )
-        state = state.to(_wide(x.dtype)).contiguous()
+        state = state.to(wide(x.dtype)).contiguous()
     if not x.numel():
         return reference(decay, x, state, return_state)
     out, last = LinearScan.apply(_rows(decay), _rows(x), state)

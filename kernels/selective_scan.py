@@ -14,7 +14,7 @@ Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import INTERPRET, accumulator, autotune, check, config, empty, jit, operator, spread, tl, triton, wide
 from .scan import compose, doubling
 
 CHUNK = 8 if INTERPRET else 16  # tokens between two stored states; the interpreter scans element by element
@@ -173,49 +173,73 @@ def _backward(
         tl.store(dstate + batch * channels * S + place, ahead * tl.exp2(first[:, None] * rate2), mask=known)
 
 
+@operator(
+    "(Tensor x, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? state, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, delta, a, b, c, d, state, keep: (
+        x.new_empty(x.shape), a.new_empty(x.shape[0], *a.shape),
+        a.new_empty((x.shape[0], -(-x.shape[1] // CHUNK), *a.shape) if keep else 0),
+    ),
+)  # fmt: skip
+def compute(x, delta, a, b, c, d, state, keep):
+    """The result, the state behind the last token and, if they are to be kept, the states before each chunk."""
+    (batch, n, channels), states, acc = x.shape, a.shape[1], wide(x.dtype)
+    y, last = empty(x.shape, like=x), empty((batch, channels, states), like=x, dtype=acc)
+    starts = empty((batch, triton.cdiv(n, CHUNK), channels, states) if keep else 0, like=x, dtype=acc)
+    _forward[lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),)](
+        x, delta, a, b, c, a if d is None else d, a if state is None else state, y, last, starts, n, channels,
+        *_strides(x, delta, b, c), S=states, STATES=triton.next_power_of_2(states), SKIP=d is not None,
+        GIVEN=state is not None, KEEP=keep, ACC=accumulator(x.dtype), CHUNK=CHUNK,
+    )  # fmt: skip
+    return y, last, starts
+
+
+@operator(
+    "(Tensor x, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? state, Tensor starts, Tensor? grad,"
+    " Tensor? grad_last) -> Tensor[]",
+    lambda x, delta, a, b, c, d, state, *_: [
+        t.new_empty(t.shape) for t in (x, delta, a, b, c, d, state) if t is not None
+    ],
+)
+def differentiate(x, delta, a, b, c, d, state, starts, grad, grad_last):
+    """The gradients of x, delta, a, b and c, and of d and the state if they are there."""
+    (batch, n, channels), states = x.shape, a.shape[1]
+    grad = torch.zeros_like(x) if grad is None else _rows(grad)
+    block = 2 if INTERPRET else 32 if states <= 16 else 16 if states <= 32 else 8
+    blocks = triton.cdiv(channels, block)
+    part = lambda *shape: empty(shape, like=a)
+    dx, ddelta = empty(x.shape, like=x), empty(x.shape, like=x)
+    da, dd, dstate = part(batch, channels, states), part(batch, channels), part(batch, channels, states)
+    db, dc = part(blocks, batch, n, states), part(blocks, batch, n, states)
+    _backward[(batch * blocks,)](
+        x, delta, a, b, c, a if d is None else d, starts, grad, a if grad_last is None else grad_last.contiguous(),
+        dx, ddelta, da, db, dc, dd, dstate, n, channels, batch, *_strides(x, delta, b, c, grad), S=states,
+        STATES=triton.next_power_of_2(states), SKIP=d is not None, GIVEN=state is not None,
+        ENDED=grad_last is not None, ACC=accumulator(x.dtype), CHUNK=CHUNK, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    found = [dx, ddelta, da.sum(0), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)]
+    return [*found, *([] if d is None else [dd.sum(0)]), *([] if state is None else [dstate])]
+
+
 class SelectiveScan(torch.autograd.Function):
     """Stores the inputs and the state before each chunk."""
 
     @staticmethod
-    def forward(ctx, x, delta, a, b, c, d, state, keep):
-        (batch, n, channels), states, acc = x.shape, a.shape[1], _wide(x.dtype)
-        y, last = empty(x.shape, like=x), empty((batch, channels, states), like=x, dtype=acc)
-        starts = empty((batch, triton.cdiv(n, CHUNK), channels, states) if keep else 0, like=x, dtype=acc)
-        _forward[lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),)](
-            x, delta, a, b, c, a if d is None else d, a if state is None else state, y, last, starts, n, channels,
-            *_strides(x, delta, b, c), S=states, STATES=triton.next_power_of_2(states), SKIP=d is not None,
-            GIVEN=state is not None, KEEP=keep, ACC=accumulator(x.dtype), CHUNK=CHUNK,
-        )  # fmt: skip
-        ctx.save_for_backward(x, delta, a, b, c, d, state, starts)
+    def forward(x, delta, a, b, c, d, state, keep):
+        return compute(x, delta, a, b, c, d, state, keep)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs[:7], output[2])
         ctx.set_materialize_grads(False)
-        return y, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, grad_last):
-        x, delta, a, b, c, d, state, starts = ctx.saved_tensors
-        (batch, n, channels), states = x.shape, a.shape[1]
-        grad = torch.zeros_like(x) if grad is None else _rows(grad)
-        block = 2 if INTERPRET else 32 if states <= 16 else 16 if states <= 32 else 8
-        blocks = triton.cdiv(channels, block)
-        part = lambda *shape: empty(shape, like=a)
-        dx, ddelta = empty(x.shape, like=x), empty(x.shape, like=x)
-        da, dd, dstate = part(batch, channels, states), part(batch, channels), part(batch, channels, states)
-        db, dc = part(blocks, batch, n, states), part(blocks, batch, n, states)
-        _backward[(batch * blocks,)](
-            x, delta, a, b, c, a if d is None else d, starts, grad, a if grad_last is None else grad_last.contiguous(),
-            dx, ddelta, da, db, dc, dd, dstate, n, channels, batch, *_strides(x, delta, b, c, grad), S=states,
-            STATES=triton.next_power_of_2(states), SKIP=d is not None, GIVEN=state is not None,
-            ENDED=grad_last is not None, ACC=accumulator(x.dtype), CHUNK=CHUNK, BLOCK=block, num_warps=8,
-        )  # fmt: skip
-        db, dc = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
-        dd, dstate = None if d is None else dd.sum(0), None if state is None else dstate
-        return dx, ddelta, da.sum(0), db, dc, dd, dstate, None
-
-
-def _wide(dtype):
-    """The dtype of states, a and d: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def backward(ctx, grad, grad_last, _starts):
+        _, _, _, _, _, d, state, _ = ctx.saved_tensors
+        found = differentiate(*ctx.saved_tensors, grad, grad_last)
+        return *spread(found, [True] * 5 + [d is not None, state is not None]), None
 
 
 def _rows(x):
@@ -260,7 +284,7 @@ def selective_scan(x, delta, a, b, c, d=None, state=None, return_state=False):
             )
     if states > 64:
         raise ValueError(f"selective_scan keeps the states of a channel in registers, at most 64; got {states}")
-    acc = _wide(x.dtype)
+    acc = wide(x.dtype)
     for name, tensor in {"d": d, "state": state}.items():
         check("selective_scan", **{name: tensor})
     if not x.numel() or not states:
@@ -268,7 +292,7 @@ def selective_scan(x, delta, a, b, c, d=None, state=None, return_state=False):
     a, d, state = (None if t is None else t.to(acc).contiguous() for t in (a, d, state))
     inputs = _rows(x), _rows(delta), a, _rows(b), _rows(c), d, state
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, last = SelectiveScan.apply(*inputs, keep)
+    y, last, _ = SelectiveScan.apply(*inputs, keep)
     return (y, last) if return_state else y
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ._rows import as_rows, tile
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, tl, triton
 
 LONGEST = 32768  # columns that the one-pass forward kernel takes: 64 numbers in each thread of 16 warps
 LONGEST_BACKWARD = 16384  # the backward kernel holds two rows, the output and its gradient
@@ -88,31 +88,43 @@ def _backward_long(Y, DY, DX, stride, n, ACC: tl.constexpr, BLOCK: tl.constexpr)
         tl.store(DX + row * n + start + column, (y * (dy - dot)).to(DX.dtype.element_ty), mask=start + column < n)
 
 
+@operator("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
+def compute(x):
+    flat, y = as_rows(x), empty(x.shape, like=x)
+    (rows, n), acc = flat.shape, accumulator(x.dtype)
+    if n <= LONGEST:
+        sizes = tile(n, rows)
+        _forward[(triton.cdiv(rows, sizes["ROWS"]),)](flat, y, flat.stride(0), rows, n, ACC=acc, **sizes)
+    else:
+        _forward_online[(rows,)](flat, y, flat.stride(0), n, ACC=acc)
+    return y
+
+
+@operator("(Tensor y, Tensor dy) -> Tensor", lambda y, dy: y.new_empty(y.shape))
+def differentiate(y, dy):
+    flat, dx = as_rows(dy), empty(y.shape, like=y)
+    (rows, n), acc = flat.shape, accumulator(y.dtype)
+    if n <= LONGEST_BACKWARD:
+        sizes = tile(n, rows)
+        _backward[(triton.cdiv(rows, sizes["ROWS"]),)](y, flat, dx, flat.stride(0), rows, n, ACC=acc, **sizes)
+    else:
+        _backward_long[(rows,)](y, flat, dx, flat.stride(0), n, ACC=acc)
+    return dx
+
+
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        flat, y = as_rows(x), empty(x.shape, like=x)
-        (rows, n), acc = flat.shape, accumulator(x.dtype)
-        if n <= LONGEST:
-            sizes = tile(n, rows)
-            _forward[(triton.cdiv(rows, sizes["ROWS"]),)](flat, y, flat.stride(0), rows, n, ACC=acc, **sizes)
-        else:
-            _forward_online[(rows,)](flat, y, flat.stride(0), n, ACC=acc)
-        ctx.save_for_backward(y)
-        return y
+    def forward(x):
+        return compute(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
-        flat, dx = as_rows(dy), empty(y.shape, like=y)
-        (rows, n), acc = flat.shape, accumulator(y.dtype)
-        if n <= LONGEST_BACKWARD:
-            sizes = tile(n, rows)
-            _backward[(triton.cdiv(rows, sizes["ROWS"]),)](y, flat, dx, flat.stride(0), rows, n, ACC=acc, **sizes)
-        else:
-            _backward_long[(rows,)](y, flat, dx, flat.stride(0), n, ACC=acc)
-        return dx
+        return differentiate(*ctx.saved_tensors, dy)
 
 
 def softmax(x):
@@ -132,6 +144,13 @@ def softmax(x):
     return _Softmax.apply(x) if x.numel() else x.clone()
 
 
+def _reach(size, direction):
+    """The share of the copy bandwidth that the traffic of long rows allows: they are read twice."""
+    if direction == "forward":
+        return 1.0 if size["columns"] <= LONGEST else 2 / 3
+    return 1.0 if size["columns"] <= LONGEST_BACKWARD else 3 / 5
+
+
 def benchmarks():
     """What kernels/bench.py measures: square, wide, and rows longer than a block."""
     sizes = [(4096, 256), (4096, 1024), (4096, 4096), (4096, 16384), (4096, 32768), (4096, 65536), (4096, 262144)]
@@ -148,5 +167,6 @@ def benchmarks():
             "flops": None,
             "backward_bytes": lambda s, itemsize: 3 * s["rows"] * s["columns"] * itemsize,
             "backward_flops": None,
+            "reach": _reach,
         }
     ]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._runtime import accumulator, autotune, check, config, empty, jit, tl, triton
+from ._runtime import accumulator, autotune, check, config, empty, jit, operator, tl, triton
 
 
 def reference(gate, up):
@@ -69,23 +69,38 @@ def _launch(kernel, gate, up, read, written):
     kernel[grid](*read, gate, up, *written, *strides, columns, count.bit_length(), ACC=accumulator(gate.dtype))
 
 
+@operator("(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))
+def compute(gate, up):
+    out = empty(gate.shape, like=gate)
+    if out.numel():
+        _launch(_forward, *_rows(gate, up), [], [out])
+    return out
+
+
+@operator(
+    "(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
+    lambda gate, up, grad: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
+def differentiate(gate, up, grad):
+    grads = empty(gate.shape, like=gate), empty(gate.shape, like=gate)
+    if grad.numel():
+        _launch(_backward, *_rows(gate, up), [grad.contiguous()], grads)
+    return grads
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        out = empty(gate.shape, like=gate)
-        if out.numel():
-            _launch(_forward, *_rows(gate, up), [], [out])
-        return out
+    def forward(gate, up):
+        return compute(gate, up)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grads = [empty(gate.shape, like=gate) for _ in range(2)]
-        if grad.numel():
-            _launch(_backward, *_rows(gate, up), [grad.contiguous()], grads)
-        return tuple(grads)
+        return differentiate(*ctx.saved_tensors, grad)
 
 
 def swiglu(gate, up):

@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import accumulator, autotune, check, config, empty, jit, operand, precision, tl, triton
+from ._runtime import (
+    accumulator,
+    autocast,
+    autotune,
+    check,
+    config,
+    empty,
+    in_shared,
+    jit,
+    operand,
+    operator,
+    precision,
+    readable,
+    tl,
+    triton,
+    wide,
+)
 
 LOG2E = math.log2(math.e)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
 
@@ -38,14 +54,35 @@ def _rows(base, first, stride, limit, e, BLOCK: tl.constexpr, BLOCK_E: tl.conste
         return tl.load(at)
 
 
+@jit
+def _spoil(base, begin, first, n, stride, e, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """NaN in the rows first .. n - 1 of a sequence that begins at row `begin`."""
+    for start in range(first, n, BLOCK):
+        row, column = start + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+        at = base + (begin + row[:, None]) * stride + column[None]
+        nothing = tl.full((BLOCK, BLOCK_E), float("nan"), base.dtype.element_ty)
+        tl.store(at, nothing, (row[:, None] < n) & (column[None] < e))
+
+
 def _tiles(tiles):
     """Configurations from (M, N, num_warps, num_stages), the last of them for products without tensor cores."""
     return [config(M=m, N=n, num_warps=w, num_stages=s) for m, n, w, s in (*tiles, (32, 32, 8, 1))]
 
 
-def _that_fit(configs, arguments, OPERAND, PRECISION, **others):
-    """Exact float32 multiplies in registers, with every product of a tile written out: large tiles would spill."""
-    return configs[-1:] if OPERAND == tl.float32 and PRECISION == "ieee" else configs
+def _that_fit(configs, arguments, OPERAND, PRECISION, BLOCK_E, **others):
+    """Those whose tiles fit into shared memory: the held one and for each stage two of the other kind.
+
+    Exact float32 multiplies in registers, with every product of a tile written out: large tiles would spill.
+    """
+    if OPERAND == tl.float32 and PRECISION == "ieee":
+        return configs[-1:]
+    q, keys_held = arguments["q"], "dk" in arguments
+
+    def need(c):
+        held, moved = (c.kwargs["N"], c.kwargs["M"]) if keys_held else (c.kwargs["M"], c.kwargs["N"])
+        return (2 * held + 2 * c.num_stages * moved) * BLOCK_E * q.element_size()
+
+    return in_shared(configs, q, need)
 
 
 CHOICE = {"key": ["e", "bucket", "CAUSAL"], "interpret": {"M": 64, "N": 64}, "prune_configs_by": {
@@ -90,6 +127,9 @@ def _forward(q, k, v, out, lse, offsets, tokens, blocks_of, bucket, e, scale, st
         block = blocks - 1 - block  # the longest work first
     begin = tl.load(offsets + sequence).to(tl.int64)
     n = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
+    if block == blocks - 1:  # a sequence longer than max_length says: NaN, and never what lay in memory
+        _spoil(out + head * head_o, begin, blocks * M, n, stride_o, e, M, BLOCK_E)
+        _spoil(lse + head * tokens, begin, blocks * M, n, 1, 1, M, 1)
     start = block * M
     if start < n:
         row = start + tl.arange(0, M)
@@ -157,6 +197,8 @@ def _backward_q(q, k, v, grad, dq, lse, delta, offsets, tokens, blocks_of, bucke
         block = blocks - 1 - block
     begin = tl.load(offsets + sequence).to(tl.int64)
     n = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
+    if block == blocks - 1:
+        _spoil(dq + head * head_d, begin, blocks * M, n, stride_d, e, M, BLOCK_E)
     start = block * M
     if start < n:
         row, here, column = start + tl.arange(0, M), tl.arange(0, M), tl.arange(0, BLOCK_E)
@@ -218,6 +260,9 @@ def _backward_kv(q, k, v, grad, dk, dv, lse, delta, offsets, tokens, blocks_of, 
     sequence, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
     begin = tl.load(offsets + sequence).to(tl.int64)
     n = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
+    if block == blocks - 1:
+        _spoil(dk + head * head_d, begin, blocks * N, n, stride_d, e, N, BLOCK_E)
+        _spoil(dv + head * head_d, begin, blocks * N, n, stride_d, e, N, BLOCK_E)
     start = block * N
     if start < n:
         key, here, column = start + tl.arange(0, N), tl.arange(0, N), tl.arange(0, BLOCK_E)
@@ -259,43 +304,63 @@ def _constants(q, group, causal):
     return {"GROUP": group, "BLOCK_E": block, "WIDE": block != e, "CAUSAL": causal, **kinds}
 
 
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, int length, bool causal, float scale) -> (Tensor, Tensor)",
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide(q.dtype))),
+)
+def compute(q, k, v, offsets, length, causal, scale):
+    """The output and the log-sum-exp of each head and row."""
+    (tokens, heads, e), sequences = q.shape, len(offsets) - 1
+    out, lse = empty(q.shape, like=q), empty((heads, tokens), like=q, dtype=wide(q.dtype))
+    _forward[lambda meta: (sequences * triton.cdiv(length, meta["M"]), heads)](
+        q, k, v, out, lse, offsets, tokens, length, triton.next_power_of_2(length), e, scale * LOG2E, *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], **_constants(q, heads // k.shape[1], causal))  # fmt: skip
+    return out, lse
+
+
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, Tensor grad, int length, bool causal,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+def differentiate(q, k, v, out, lse, offsets, grad, length, causal, scale):
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    (tokens, heads, e), sequences = q.shape, len(offsets) - 1
+    constants = _constants(q, heads // k.shape[1], causal)
+    delta, dq = empty(lse.shape, like=lse), empty(q.shape, like=q)
+    dk, dv = empty(k.shape, like=k), empty(k.shape, like=k)
+    _delta[(triton.cdiv(tokens, 64), heads)](
+        out, grad, delta, tokens, e, *out.stride()[:2], *grad.stride()[:2], R=64, BLOCK_E=constants["BLOCK_E"],
+        ACC=constants["ACC"])  # fmt: skip
+    given = (lse, delta, offsets, tokens, length, triton.next_power_of_2(length), e, scale, scale * LOG2E)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
+    _backward_q[lambda meta: (sequences * triton.cdiv(length, meta["M"]), heads)](
+        q, k, v, grad, dq, *given, *strides, *dq.stride()[:2], **constants
+    )
+    _backward_kv[lambda meta: (sequences * triton.cdiv(length, meta["N"]), k.shape[1])](
+        q, k, v, grad, dk, dv, *given, *strides, *dk.stride()[:2], **constants
+    )
+    return dq, dk, dv
+
+
 class VarlenAttention(torch.autograd.Function):
     """Keeps q, k, v, the output and the log-sum-exp of each row; the weights are computed again in the backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, offsets, length, causal, scale):
-        (tokens, heads, e), sequences = q.shape, len(offsets) - 1
-        out = empty(q.shape, like=q)
-        lse = empty((heads, tokens), like=q, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        ctx.constants = _constants(q, heads // k.shape[1], causal)
-        ctx.sizes = (tokens, length, triton.next_power_of_2(length), e)
-        ctx.scale, ctx.sequences = scale, sequences
-        _forward[lambda meta: (sequences * triton.cdiv(length, meta["M"]), heads)](
-            q, k, v, out, lse, offsets, *ctx.sizes, scale * LOG2E,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], **ctx.constants)  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, offsets)
-        return out
+    def forward(q, k, v, offsets, length, causal, scale):
+        return compute(q, k, v, offsets, length, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, offsets, *ctx.numbers = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, offsets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, out, lse, offsets = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        (tokens, heads, e), length, sequences, constants = q.shape, ctx.sizes[1], ctx.sequences, ctx.constants
-        delta, dq = empty(lse.shape, like=lse), empty(q.shape, like=q)
-        dk, dv = empty(k.shape, like=k), empty(k.shape, like=k)
-        _delta[(triton.cdiv(tokens, 64), heads)](
-            out, grad, delta, tokens, e, *out.stride()[:2], *grad.stride()[:2], R=64, BLOCK_E=constants["BLOCK_E"],
-            ACC=constants["ACC"])  # fmt: skip
-        given = (lse, delta, offsets, *ctx.sizes, ctx.scale, ctx.scale * LOG2E)
-        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
-        _backward_q[lambda meta: (sequences * triton.cdiv(length, meta["M"]), heads)](
-            q, k, v, grad, dq, *given, *strides, *dq.stride()[:2], **constants
-        )
-        _backward_kv[lambda meta: (sequences * triton.cdiv(length, meta["N"]), k.shape[1])](
-            q, k, v, grad, dk, dv, *given, *strides, *dk.stride()[:2], **constants
-        )
-        return dq, dk, dv, None, None, None, None
+    def backward(ctx, grad, _lse):
+        return *differentiate(*ctx.saved_tensors, grad, *ctx.numbers), None, None, None, None
 
 
 def _check(q, k, v, offsets, max_length):
@@ -310,7 +375,7 @@ def _check(q, k, v, offsets, max_length):
     if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 1 or offsets.device != q.device:
         found = f"{offsets.dtype} of shape {tuple(offsets.shape)} on {offsets.device}"
         raise ValueError(f"varlen_attention: offsets is int32 (b + 1,) on {q.device}; got {found}")
-    if not offsets.is_cuda:  # on a GPU a look at the values would wait for everything before
+    if readable(offsets):  # on a GPU a look at the values would wait for everything before
         lengths = offsets.diff().tolist()
         if offsets[0] != 0 or offsets[-1] != len(q) or min(lengths, default=0) < 0:
             raise ValueError(
@@ -336,15 +401,17 @@ def varlen_attention(q, k, v, offsets, max_length, causal=False, scale=None):
     again. Traffic per pass: q and the output once, k and v once for each block of 64 or 128 queries, from the cache
     mostly. The backward takes one kernel for dq and one for dk and dv; nothing is added atomically, so gradients are
     the same bits every time. Raises ValueError for shapes, types and (on the CPU, where looking is free) for offsets
-    that do not fit; on a GPU wrong offsets are not seen.
+    that do not fit; on a GPU wrong offsets are not seen, and the rows of a sequence beyond max_length, rounded up to a
+    block, become NaN.
     Source: "FlashAttention-2", 2023; "ByteTransformer", 2022.
     """
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, offsets, max_length)
     if q.numel() == 0:
         return q * 1.0
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return VarlenAttention.apply(q, k, v, offsets.contiguous(), max_length, causal, scale)
+    return VarlenAttention.apply(q, k, v, offsets.contiguous(), max_length, causal, float(scale))[0]
 
 
 def _block(x, qkv, out, up, down, heads, attend):
@@ -373,6 +440,14 @@ def benchmarks():
         wide = [x.new_zeros(*real.shape, *x.shape[1:]).masked_scatter_(real[..., None, None], x) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide), attn_mask=real[:, None, None])
         return out.transpose(1, 2)[real]
+
+    def flash(q, k, v, offsets, length):
+        return varlen_attn(q, k, v, offsets, offsets, length, length)
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        varlen_attn = None
 
     def block_inputs(size, dtype, device):
         d, (q, _, _, offsets, length) = size["h"] * size["e"], inputs(size, dtype, device)
@@ -411,7 +486,7 @@ def benchmarks():
         "flops": dense, "backward_flops": lambda size: 2 * dense(size), "bytes": None, "backward_bytes": None,
     }, {
         **common, "name": "varlen_attention", "ours": varlen_attention, "reference": reference, "inputs": inputs,
-        "peers": {"padded SDPA": padded}, "eager": padded,
+        "peers": {**({"torch varlen": flash} if varlen_attn else {}), "padded SDPA": padded}, "eager": padded,
         "differentiate": (0, 1, 2), "flops": flops, "backward_flops": lambda size: flops(size) * 5 // 2,
         "bytes": lambda size, itemsize: traffic(size, itemsize, 4),
         "backward_bytes": lambda size, itemsize: traffic(size, itemsize, 8),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import decode_attention as module
 from kernels.decode_attention import decode_attention, gather_pages, parts_for, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -190,3 +191,18 @@ def test_a_mutant_is_caught(name, mutant, device):
         assert not close(broken(q, k_pages, v_pages, lengths, table, parts=2), want), name
     except IndexError as error:
         assert "outside every tensor" in str(error)
+
+
+def test_the_batch_lies_on_the_long_axis_of_the_grid(device, monkeypatch):
+    """The second and third axis of a grid end at 65,535, and a batch may be longer."""
+    grids, kernel = [], module._parts
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_parts", Recorder())
+    q, k, v = torch.randn(3, 4, 8, device=device), *torch.randn(2, 3, 2, 10, 8, device=device)
+    torch.testing.assert_close(decode_attention(q, k, v, parts=2), reference(q, k, v))
+    assert grids == [(2 * 2 * 3,)]

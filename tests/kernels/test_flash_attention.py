@@ -410,3 +410,9 @@ def test_a_broken_copy_fails(device, mutant, name):
     broken = mutant("flash_attention", *MUTANTS[name])
     with pytest.raises((AssertionError, IndexError)):
         thorough(broken.flash_attention, device)
+
+
+def test_causal_attention_is_tuned_for_itself():
+    """Half the tiles and an edge in every row: what is fastest for one need not be for the other."""
+    for kernel in (module._forward, module._backward_keys, module._backward_queries):
+        assert {"AHEAD", "BEHIND"} <= set(kernel.keys)

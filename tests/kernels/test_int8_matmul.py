@@ -198,7 +198,7 @@ MUTANTS = {
     "the largest entry, not the largest size": ("tl.max(tl.abs(tl.load(", "tl.max((tl.load("),
     "no scale": ("y *= tl.load(SCALE + column, mask=column < n, other=0.0)", "y *= tl.load(SCALE + column * 0)"),
     "no mask along k": ("tl.load(x, mask=inner[None, :] < k - start, other=0)", "tl.load(x)"),
-    "the gradient without the scale": ("(flat * scale).to(dy.dtype)", "flat"),
+    "the gradient without the scale": ("(_rows(dy) * scale).to(dy.dtype)", "_rows(dy)"),
     "the step of another row": ("STEP + row, mask=row < m", "STEP + row * 0, mask=row < m"),
     "sums in half precision": ("y = total.to(ACC)", "y = total.to(tl.float16).to(ACC)"),
 }

@@ -181,8 +181,10 @@ def test_messages(device):
         layer_norm(x, None, torch.ones(1, 6, device=device))
     with pytest.raises(ValueError, match=r"residual has shape \(6,\) and x \(2, 6\)"):
         layer_norm(x, residual=x[0])
-    with pytest.raises(ValueError, match="weight is torch.float16"):
-        layer_norm(x, torch.ones(6, device=device, dtype=torch.float16))
+    with pytest.raises(ValueError, match="residual is torch.float16"):
+        layer_norm(x, residual=x.half())
+    with pytest.raises(ValueError, match="weight is int32"):
+        layer_norm(x, torch.ones(6, device=device, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"shape \(\)"):
         layer_norm(x[0, 0])
     with pytest.raises(ValueError, match=r"not \(3, 4\)"):

@@ -242,7 +242,7 @@ MUTANTS = {
     "backward reads the states untransposed": (
         "_attend(v, grad, q, log_decay, turned(ahead)", "_attend(v, grad, q, log_decay, ahead"
     ),
-    "the scale is missing on the way back": ("grad_last, ctx.plan, write=ctx.scale", "grad_last, ctx.plan, write=1.0"),
+    "the scale is missing on the way back": ("grad_last, plan, write=scale", "grad_last, plan, write=1.0"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import kernels.int8_matmul as int8
 import kernels.linear_cross_entropy as loss
 import kernels.matmul as module
 from kernels import INTERPRET
+from kernels._compile import TARGETS
 from kernels.matmul import ACTIVATIONS, Linear, matmul, product, reference
 
 SIZES = [(1, 1, 1), (7, 63, 65), (65, 130, 7), (130, 1, 63), (64, 128, 64)]
@@ -50,21 +51,20 @@ def test_many_tiles_in_grouped_order(device, as_exact_as_torch, small):
     as_exact_as_torch(matmul, reference, *draw(device, (81, 40), (40, 50)), wrt=(0, 1))  # 6 by 4 tiles, 3 steps
 
 
-SHARED_MEMORY = 227 * 1024  # bytes that a program may have on a Hopper GPU
-
-
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "tiles", [module.TILES, int8.TILES, loss.FORWARD_TILES, loss.SLOPE_TILES], ids=["matmul", "int8", "loss", "slope"]
 )
-def test_tuning_has_something_that_fits(tiles, itemsize):
-    """Whatever the size and dtype: pruning leaves a configuration, and one whose buffers fit into shared memory."""
-    configs = module.configurations(tiles)
-    for m in (1, 16, 33, 64, 100, 5000):
-        for n in (1, 40, 100, 5000):
-            left = module.fitting(configs, {"m": m, "n": n})
-            used = [(c.kwargs["BLOCK_M"] + c.kwargs["BLOCK_N"]) * c.kwargs["BLOCK_K"] * c.num_stages for c in left]
-            assert min(used, default=SHARED_MEMORY) * itemsize < SHARED_MEMORY, (m, n)
+def test_tuning_tries_what_fits_and_something_always_does(tiles, dtype, monkeypatch):
+    """Whatever the size, the type and the GPU: pruning leaves configurations, and all fit into its shared memory."""
+    configs, pair = module.configurations(tiles), torch.empty(2, 1, dtype=dtype)
+    for limit, _ in TARGETS.values():
+        monkeypatch.setattr("kernels._runtime.limits", lambda index=None, limit=limit: (limit, 1, None))
+        for m in (1, 16, 33, 64, 100, 5000):
+            for n in (1, 40, 100, 5000):
+                left = module.fitting(configs, {"A": pair[0], "B": pair[1], "m": m, "n": n})
+                used = [(c.kwargs["BLOCK_M"] + c.kwargs["BLOCK_N"]) * c.kwargs["BLOCK_K"] * c.num_stages for c in left]
+                assert 0 < max(used) * dtype.itemsize <= limit, (m, n)
 
 
 def test_tuning_key(device):
@@ -277,3 +277,16 @@ def test_benchmarks_run(entry, device):
     for function in (entry["ours"], *entry["peers"].values()):
         torch.testing.assert_close(function(*inputs), wanted, atol=1e-4, rtol=1e-4)
     assert entry["flops"](size) == 2 * 33 * 20 * 17 and entry["bytes"](size, 2) == 2 * (33 * 17 + 17 * 20 + 33 * 20)
+
+
+def test_a_search_copies_what_is_added_to_and_nothing_else(device):
+    """A search runs the kernel many times. Where it adds, every run starts from the same C; else C is not cloned."""
+    c = torch.ones(3, device=device)
+    for adds in (False, True):
+        arguments = {"C": c, "ADD": adds}
+        for _ in range(3):
+            module._product.pre_hook(arguments)
+            assert bool(module._before) == adds
+            c += 1
+            module._product.post_hook(arguments, exception=None)
+    assert torch.equal(c, torch.full((3,), 4.0, device=device)) and not module._before

@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from kernels import DEVICE, HAS_TRITON, INTERPRET, guarded, jit, tl
-from kernels._runtime import accumulator, check, empty, operand, precision
+from kernels._runtime import accumulator, check, empty, in_shared, operand, precision
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "kernels").glob("[a-z]*.py") if p.stem != "bench")
@@ -184,3 +184,40 @@ def test_the_guard_leaves_nothing_behind():
 def test_device_is_where_tensors_go():
     assert DEVICE in ("cpu", "cuda") and HAS_TRITON and (DEVICE == "cpu") == INTERPRET
     assert set(kernels.__all__) <= set(dir(kernels))
+
+
+# --- other GPUs
+
+
+@pytest.mark.parametrize(
+    "arch, allowed",
+    [(("cuda", 75), "ieee"), (("cuda", 80), "tf32"), (("hip", "gfx90a"), "ieee"), (("hip", "gfx942"), "tf32")],
+)
+def test_fast_float32_only_where_the_gpu_has_it(arch, allowed, monkeypatch):
+    """On gfx90a "high" precision was an error of the compiler that a search does not survive."""
+    monkeypatch.setattr("kernels._runtime.capability", lambda index=None: arch)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision(torch.float32) == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precision(torch.float32) == "ieee" and precision(torch.float16) == "ieee"
+
+
+def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, device):
+    x = torch.zeros(2, dtype=torch.bfloat16, device=device)
+    check("f", x=x)
+    monkeypatch.setattr("kernels._runtime.capability", lambda index=None: ("cuda", 75))
+    with pytest.raises(ValueError, match="x is bfloat16, which needs compute capability 8.0, and this GPU has 7.5"):
+        check("f", x=x)
+    check("f", x=x.half())
+    monkeypatch.setattr("kernels._runtime.capability", lambda index=None: ("hip", "gfx90a"))
+    check("f", x=x)
+
+
+def test_configurations_are_pruned_by_the_shared_memory_of_the_gpu(monkeypatch):
+    sizes = [100_000, 60_000, 200_000]
+    for limit, left in [(232_448, sizes), (101_376, sizes[:2]), (65_536, [60_000]), (1_000, [60_000])]:
+        monkeypatch.setattr("kernels._runtime.limits", lambda index=None, limit=limit: (limit, 1, None))
+        assert in_shared(sizes, torch.zeros(1), lambda size: size) == left

@@ -178,3 +178,17 @@ def test_a_broken_kernel_is_found(name, mutant, device):
 
     assert good(rotary)
     assert not good(broken.rotary)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_strides_beyond_32_bits(pairs, tmp_path, device):
+    """Features 2^30 elements apart: an offset of 3 strides does not fit 32 bits. The file is almost all holes."""
+    if not INTERPRET:
+        pytest.skip("a file stands in for memory, and a GPU cannot read it")
+    step = 2**30
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * step + 2, dtype=torch.float16)
+    x = memory.as_strided((1, 4), (1, step))
+    x.copy_(torch.randn(1, 4))
+    angle = torch.randn(1, 2)
+    got = rotary(x, angle.cos(), angle.sin(), pairs)
+    torch.testing.assert_close(got, reference(x.clone(), angle.cos(), angle.sin(), pairs).half(), atol=1e-3, rtol=1e-3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import varlen_attention as module
 from kernels.varlen_attention import reference, varlen_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -177,3 +178,17 @@ def test_a_causal_mutant_is_caught(mutant, device):
     inputs = packed([70], 1, 1, 16, device)
     assert same(varlen_attention, reference, inputs, causal=True)
     assert not same(broken, reference, inputs, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_max_length_that_is_too_small_spoils_what_it_cannot_reach(causal, device, monkeypatch):
+    """On a GPU nobody looks at the offsets, so the rows beyond must not keep what lay in memory: they become NaN."""
+    monkeypatch.setattr(module, "empty", lambda shape, like, dtype=None: torch.zeros(shape, dtype=dtype or like.dtype))
+    offsets = torch.tensor([0, 150, 190], dtype=torch.int32)
+    q, k, v, grad = (torch.randn(190, 2, 8) for _ in range(4))
+    out, lse = module.compute(q, k, v, offsets, 60, causal, 0.5)
+    right = reference(q, k, v, offsets, 150, causal, 0.5)
+    assert torch.allclose(out[:64], right[:64], atol=1e-5) and torch.allclose(out[150:], right[150:], atol=1e-5)
+    assert out[64:150].isnan().all() and lse[:, 64:150].isnan().all()
+    dq, dk, dv = module.differentiate(q, k, v, out, lse, offsets, grad, 60, causal, 0.5)
+    assert all(x[64:150].isnan().all() and x[150:].isfinite().all() for x in (dq, dk, dv))
