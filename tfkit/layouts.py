@@ -140,6 +140,26 @@ norm.*                                        norm.*
 head.*                                        head.*
 """
 
+_SWIN = """
+stem.cut.*                                    embeddings.patch_embeddings.projection.*
+stem.norm.*                                   embeddings.norm.*
+stages.*.blocks.*.mix.norm.*                  encoder.layers.*.blocks.*.layernorm_before.*
+stages.*.blocks.*.mix.part.attention.to_qkv.* encoder.layers.*.blocks.*.attention.self.{query,key,value}.*
+stages.*.blocks.*.mix.part.attention.to_out.* encoder.layers.*.blocks.*.attention.output.dense.*
+stages.*.blocks.*.mix.part.bias.table         encoder.layers.*.blocks.*.attention.self.relative_position_bias_table
+stages.*.blocks.*.feed.norm.*                 encoder.layers.*.blocks.*.layernorm_after.*
+stages.*.blocks.*.feed.part.up.*              encoder.layers.*.blocks.*.intermediate.dense.*
+stages.*.blocks.*.feed.part.down.*            encoder.layers.*.blocks.*.output.dense.*
+stages.1.down.norm.*                          encoder.layers.0.downsample.norm.*
+stages.1.down.reduce.*                        encoder.layers.0.downsample.reduction.*
+stages.2.down.norm.*                          encoder.layers.1.downsample.norm.*
+stages.2.down.reduce.*                        encoder.layers.1.downsample.reduction.*
+stages.3.down.norm.*                          encoder.layers.2.downsample.norm.*
+stages.3.down.reduce.*                        encoder.layers.2.downsample.reduction.*
+norm.*                                        layernorm.*
+head.*                                        classifier.*
+"""
+
 
 def _two_tokens(table: str, tokens: str, head: str, taught_head: str) -> str:
     """The table of a ViT as that of a distilled DeiT: two tokens, their two positions, two heads."""
@@ -178,6 +198,7 @@ TABLES: dict[str, dict] = {
         "ignore": ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),  # in old files, unused
     },
     "vit": {"table": _VIT, "prefix": "vit."},
+    "swin": {"table": _SWIN, "prefix": "swin.", "ignore": ("*.relative_position_index",)},
     "timm_vit": {"table": _TIMM_VIT, "prefix": "module."},  # DeiT without distillation, too
     "deit": {
         "table": _two_tokens(_VIT, "embeddings.{cls,distillation}_token", "cls_classifier", "distillation_classifier"),

@@ -222,6 +222,18 @@ def test_logits_of_transformers_vit(tmp_path):
         torch.testing.assert_close(ours(PICTURES), peer(PICTURES).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_logits_of_transformers_swin(tmp_path):
+    zoo = pytest.importorskip("tfkit.zoo.windows")
+    sizes = {"embed_dim": 8, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2}
+    config = transformers.SwinConfig(**sizes, image_size=16, patch_size=2, num_labels=3)
+    peer = shaken(transformers.SwinForImageClassification(config))
+    ours = zoo.swin(8, (1, 2), (2, 4), window=2, patch=2, classes=3).eval()
+    pretrained.load(ours, save(peer, tmp_path), "swin")
+    pictures = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pictures), peer(pictures).logits, atol=1e-5, rtol=1e-5)
+
+
 def tiny_deit(hidden: int):
     return pytest.importorskip("tfkit.zoo.data_efficient_vision").distilled(tiny_vit(hidden)).eval()
 
