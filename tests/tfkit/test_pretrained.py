@@ -222,16 +222,19 @@ def test_logits_of_transformers_vit(tmp_path):
         torch.testing.assert_close(ours(PICTURES), peer(PICTURES).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_transformers_swin(tmp_path):
+@pytest.mark.parametrize("side", [(32, 32), (36, 28), (30, 22)])
+def test_logits_of_transformers_swin(side, tmp_path):
+    """At a size that windows tile in all stages, and at two that they do not."""
     zoo = pytest.importorskip("tfkit.zoo.windows")
-    sizes = {"embed_dim": 8, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2}
-    config = transformers.SwinConfig(**sizes, image_size=16, patch_size=2, num_labels=3)
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    config = transformers.SwinConfig(**sizes, image_size=32, patch_size=2, num_labels=3)
     peer = shaken(transformers.SwinForImageClassification(config))
-    ours = zoo.swin(8, (1, 2), (2, 4), window=2, patch=2, classes=3).eval()
+    ours = zoo.swin(8, (2, 2), (2, 4), window=4, patch=2, classes=3).eval()
     pretrained.load(ours, save(peer, tmp_path), "swin")
-    pictures = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
+    pictures = torch.linspace(-9, 9, 2 * 3 * side[0] * side[1]).sin().view(2, 3, *side)
     with torch.no_grad():
-        torch.testing.assert_close(ours(pictures), peer(pictures).logits, atol=1e-5, rtol=1e-5)
+        expected = peer(pictures, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(ours(pictures), expected, atol=1e-5, rtol=1e-5)
 
 
 def tiny_deit(hidden: int):

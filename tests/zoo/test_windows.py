@@ -1,4 +1,4 @@
-"""Identities of chapter 24 on random shapes and seeds, parity with transformers, released totals, and refusals.
+"""Identities of chapter 24 on random shapes and seeds, released totals, and refusals.
 
 Covers swin, dinat, halonet, favit and darswin.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tfkit import measure, pretrained
+from tfkit import measure
 from tfkit.zoo import windows
 from tfkit.zoo.attention import attention, merge_heads, split_heads
 from tfkit.zoo.windows import (
@@ -144,25 +144,6 @@ def test_merging_joins_neighbors_column_by_column_and_pads_odd_sides():
     assert strip(x).shape == (2, 5, 2, 8)
 
 
-def peer_swin(**given):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=3, **given
-    )
-    return disturb(transformers.SwinForImageClassification(config))
-
-
-@pytest.mark.parametrize("side", [(32, 32), (36, 28), (30, 22)])
-def test_swin_equals_transformers_at_sizes_that_windows_tile_and_at_others(side, tmp_path):
-    peer = peer_swin()
-    peer.save_pretrained(tmp_path)
-    ours = swin(8, (2, 2), (2, 4), window=4, patch=2, classes=3).eval()
-    pretrained.load(ours, tmp_path, "swin")
-    x = draw(0, 2, 3, *side)
-    with torch.no_grad():
-        assert close(ours(x), peer(x, interpolate_pos_encoding=True).logits)
-
-
 def test_swin_is_put_together_as_the_paper_says():
     model = swin(8, (2, 4), (2, 4), window=5, patch=2, classes=7, channels=1, drop=0.3)
     blocks = [block for stage in model.stages for block in stage.blocks]
@@ -175,11 +156,8 @@ def test_swin_is_put_together_as_the_paper_says():
     assert init_truncated_(layer) is layer and 0.015 < layer[0].weight.std() < 0.025
 
 
-TOTALS = {
-    "swin_tiny": 28_288_354, "swin_small": 49_606_258, "swin_base": 87_768_224, "nat_tiny": 27_901_582,
-    "dinat_tiny": 27_901_582, "dinat_small": 50_743_297, "dinat_base": 89_769_652, "halonet": 8_093_048,
-    "favit_b0": 3_427_704, "favit_b1": 12_958_568, "favit_b2": 24_919_896,
-}  # fmt: skip
+# The notebook asserts the totals of all named sizes; here stand three of them.
+TOTALS = {"swin_tiny": 28_288_354, "dinat_tiny": 27_901_582, "favit_b0": 3_427_704}
 
 
 @pytest.mark.parametrize("name", TOTALS)
@@ -434,7 +412,6 @@ def test_darswin_is_put_together_and_refuses_what_does_not_fit():
     for window, grid in (((3, 4), (4, 16)), ((1, 5), (4, 16)), ((1, 1), (4, 16))):
         with pytest.raises(ValueError, match=r"do not suit a grid of \(4, 16\)"):
             AngularAttention(8, 2, window, grid)
-    with torch.device("meta"):
-        whole = darswin()
+    whole = darswin(width=24)
     assert [len(stage.blocks) for stage in whole.model.stages] == [2, 2, 6, 2]
     assert whole.model.stages[3].blocks[0].mix.part.window == (16, 1)

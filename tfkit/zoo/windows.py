@@ -384,7 +384,7 @@ def dinat_tiny(classes: int = 1000) -> ImageModel:
 
 
 def dinat_small(classes: int = 1000) -> ImageModel:
-    """50,743,297 parameters, with NAT's parts (the paper's DiNAT_s-Small has Swin's).
+    """DiNAT-Small: 50,743,297 parameters, for pictures of 224 pixels or more.
 
     Source: "Dilated Neighborhood Attention Transformer", 2022.
     """
