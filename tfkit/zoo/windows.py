@@ -463,8 +463,10 @@ class OffsetLogits(nn.Module):
     def __init__(self, reach: int, head_width: int):
         super().__init__()
         self.reach, count = reach, 2 * reach + 1
-        self.row = nn.Parameter(torch.randn(count, head_width) * head_width**-0.5)
-        self.column = nn.Parameter(torch.randn(count, head_width) * head_width**-0.5)
+        self.row = nn.Parameter(torch.empty(count, head_width))
+        self.column = nn.Parameter(torch.empty(count, head_width))
+        for table in (self.row, self.column):
+            nn.init.normal_(table, std=head_width**-0.5)
 
     def forward(
         self, q: Float[Tensor, "g h n e"], rows: Int[Tensor, "y l"],
@@ -797,7 +799,9 @@ class AngularBias(nn.Module):
             counts[1] = window[1]                          # around the circle
         self.used = [axis for axis in (0, 1) if window[axis] > 1]
         self.tables = nn.ParameterList(
-            torch.randn(2, counts[axis], heads) * 0.02 for axis in self.used)
+            torch.empty(2, counts[axis], heads) for axis in self.used)
+        for table in self.tables:
+            nn.init.trunc_normal_(table, std=0.02)
 
     def forward(self, *offsets: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
         total = 0.0
