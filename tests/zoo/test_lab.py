@@ -303,6 +303,28 @@ def test_an_impossible_choice_is_refused_with_the_reason(choice, reason):
     assert "\n" not in found and found.endswith((".", "?"))
 
 
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        (Choice(mixer="GatedConvolution", positions="Rotary"), "Mixer GatedConvolution .*; mixer MultiHeadAttention"),
+        (Choice(attend="attention", norm="RMSNorm"), "Attend attention .*; attend causal_attention"),
+        (Choice(sizes=Sizes(64, 7, 1)), "Width 64, heads 7, depth 1 .*; width 64, heads 4, depth 2"),
+        (Choice(attend="attention", mixer="no such"), "Attend .* and mixer no such .*; attend .* and mixer MultiHead"),
+    ],
+)
+def test_a_refusal_names_the_part_that_does_not_fit_and_one_that_does(choice, words):
+    assert re.search(words, lab.advice(choice)), lab.advice(choice)
+
+
+def test_no_run_is_dropped_for_a_fifth():
+    shelf = lab.Shelf()
+    shelf.runs = [Run(Choice()) for _ in range(shelf.MOST)]
+    before = list(shelf.runs)
+    with pytest.raises(lab.Refused, match="the figure holds 4 runs: Clear it first"):
+        shelf.start(Run(Choice()))
+    assert shelf.runs == before
+
+
 @pytest.mark.parametrize("mixer", ["GatedConvolution", "FourierMixing", "MultiHeadAttention"])
 @pytest.mark.parametrize("name", ["recall", "listops", "digits", "series"])
 def test_looking_ahead_is_fine_where_nothing_to_come_is_asked(name, mixer):
@@ -521,12 +543,12 @@ def test_the_same_seed_trains_the_same():
 
 def test_the_shelf_keeps_four_and_trains_one():
     shelf = lab.Shelf()
-    runs = [shelf.start(Run(DIGITS, steps=1)).wait(60) for _ in range(6)]
-    assert shelf.runs == runs[2:]
+    runs = [shelf.start(Run(DIGITS, steps=1)).wait(60) for _ in range(3)]
+    assert shelf.runs == runs
     busy = shelf.start(Run(DIGITS, steps=100_000))
     with pytest.raises(lab.Refused, match="one run at a time"):
         shelf.start(Run(DIGITS, steps=1))
-    assert shelf.training and shelf.runs == [*runs[3:], busy]
+    assert shelf.training and shelf.runs == [*runs, busy]
     shelf.stop()
     busy.wait(30)
     assert busy.state == "stopped" and not shelf.training

@@ -7,10 +7,10 @@ __all__ = ['WIDTH', 'LENGTH', 'SLOTS', 'mean_token', 'last_token', 'TASKS', 'TIN
            'required', 'fill', 'keeps_shape', 'shaken', 'slot_of_tokens', 'slot_of_attend', 'written_for', 'slot_of',
            'Part', 'modules', 'evaluate', 'check_size', 'sentence', 'is_candidate', 'tried', 'Catalogue', 'catalogue',
            'parts', 'left_out', 'register', 'Task', 'Pooled', 'ids', 'text', 'recall', 'listops', 'digits', 'series',
-           'task', 'Model', 'assemble', 'Choice', 'weights_of', 'slotted', 'code', 'build', 'refusal', 'shapes',
-           'folded', 'box', 'diagram', 'Cost', 'cost', 'looks', 'Stopped', 'Run', 'learn', 'work', 'labels', 'draw',
-           'Examined', 'examine', 'table', 'Latest', 'Shelf', 'Menus', 'Controls', 'Panel', 'Film', 'described', 'Page',
-           'Workbench']
+           'task', 'Model', 'assemble', 'Choice', 'weights_of', 'slotted', 'code', 'build', 'refusal', 'advice',
+           'shapes', 'folded', 'box', 'diagram', 'Cost', 'cost', 'looks', 'Stopped', 'Run', 'learn', 'work', 'labels',
+           'draw', 'Examined', 'examine', 'table', 'Latest', 'Shelf', 'Menus', 'Controls', 'Panel', 'Film', 'described',
+           'Page', 'Workbench']
 
 # %% notebooks/90_lab.ipynb
 import base64
@@ -643,6 +643,35 @@ def refusal(choice: Choice) -> str:
     return ""
 
 # %% notebooks/90_lab.ipynb
+def advice(choice: Choice) -> str:
+    """The part of a refused choice that does not fit, and what works in its place.
+
+    One slot at a time is given its part in `Choice()`; if that is not enough, several.
+    """
+    if choice.task not in TASKS:
+        return ""
+    plain, changed = Choice(choice.task), {}
+    order = ("positions", "attend", "feedforward", "norm", "wiring", "sizes", "mixer")
+    wrong = [slot for slot in order if getattr(choice, slot) != getattr(plain, slot)]
+    for slot in wrong:
+        if not refusal(replace(choice, **{slot: getattr(plain, slot)})):
+            changed = {slot: getattr(plain, slot)}
+            break
+    else:
+        for slot in wrong:
+            changed[slot] = getattr(plain, slot)
+            if not refusal(replace(choice, **changed)):
+                break
+
+    def words(made: Choice) -> str:
+        sizes = "width {}, heads {}, depth {}".format(*made.sizes)
+        return " and ".join(sizes if slot == "sizes" else f"{slot} {getattr(made, slot)}"
+                            for slot in changed)
+
+    said = f"{words(choice)} does not fit here; {words(replace(choice, **changed))} does."
+    return said[0].upper() + said[1:] if changed else ""
+
+# %% notebooks/90_lab.ipynb
 def shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, str]:
     """What goes in and comes out of each module, in the order of the calls."""
     seen: dict[nn.Module, str] = {}
@@ -875,7 +904,7 @@ def examine(choice: Choice) -> Examined:
     """Try a choice and describe its model, or say why it is refused."""
     try:
         if reason := refusal(choice):
-            return Examined(f"Refused. {reason}")
+            return Examined(f"Refused. {reason} {advice(choice)}".strip())
         model, x = build(choice), task(choice.task).held_out[0]
         count, flops, held = cost(model, x)
         words = (f"{count:,} parameters, {measure.readable(flops)} FLOPs an example, "
@@ -935,13 +964,12 @@ class Shelf:
         return any(run.state == "training" for run in self.runs)
 
     def start(self, run: Run) -> Run:
-        """Start a run and keep it; a fifth takes the place of the first.
-
-        Raises Refused while another trains.
-        """
+        """Start a run and keep it. Raises Refused while another trains, and for a fifth."""
         if self.training:
             raise Refused("one run at a time: stop the other first")
-        self.runs = [*self.runs, run][-self.MOST:]
+        if len(self.runs) == self.MOST:
+            raise Refused(f"the figure holds {self.MOST} runs: Clear it first")
+        self.runs = [*self.runs, run]
         return run.start()
 
     def stop(self) -> None:
@@ -1089,8 +1117,11 @@ class Page:
     def train(self) -> None:
         """Start a run of what the menus say."""
         steps, rate = (self.controls.menus[name].value for name in ("steps", "rate"))
-        self.shelf.start(Run(self.controls.choice, steps, rate, report=self.drawn,
-                             pause=1.0))
+        run = Run(self.controls.choice, steps, rate, report=self.drawn, pause=1.0)
+        try:
+            self.shelf.start(run)
+        except Refused as reason:
+            self.panel.words.value = f"<b>Not started: {html.escape(str(reason))}.</b>"
         self.offer()
 
     def clear(self) -> None:
