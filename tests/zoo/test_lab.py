@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import gc
 import inspect
 import re
 import statistics
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tfkit import contracts, measure
 from tfkit.zoo import lab
@@ -77,6 +79,13 @@ class Counting(nn.Module):
         return x + self.calls
 
 
+class Numbers(nn.Module):
+    """Asks for a number, which the meta device does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) * (1 if x.sum().item() else 2)
+
+
 @pytest.fixture
 def own():
     """Forget the parts that a test registers."""
@@ -103,7 +112,7 @@ def on_digits(slot: str, label: str) -> str:
 @pytest.mark.parametrize("slot, label", EVERY, ids=lambda value: str(value))
 def test_every_part_builds_and_takes_a_step_or_is_refused_in_a_sentence(slot, label):
     found = on_digits(slot, label)
-    assert found == "" or re.fullmatch(r"It cannot (be built|take a step): [^\n]{3,300}[.?]", found), found
+    assert found == "" or re.fullmatch(r"It cannot (be built|take a step)(: |, since )[^\n]{3,300}[.?]", found), found
     assert not found or label not in KNOWN[slot], found
 
 
@@ -290,11 +299,15 @@ def test_names_of_the_house_become_numbers():
             "no exported function gives the weights of TalkingHeads",
         ),
         (Choice(sizes=Sizes(64, 7, 1)), "width 64 does not divide into 7 heads"),
-        (Choice(sizes=Sizes(64, 0, 1)), "ZeroDivisionError"),
+        (Choice(sizes=Sizes(64, 0, 1)), "width 64 does not divide into 0 heads"),
         (Choice(feedforward="memory layers", sizes=Sizes(32)), "exists for width 64 alone"),
         (Choice(mixer="MultiHeadAtention"), "do you mean MultiHeadAttention"),
         (Choice(task="chess"), "there are text, recall"),
-        (Choice(attend="TalkingHeads", positions="T5Bias"), "take a step: TypeError"),
+        (Choice(attend="TalkingHeads", positions="T5Bias"), "take a step, since these parts do not work together"),
+        (
+            Choice(attend="PolynomialAttention", sizes=Sizes(64, 1, 2)),
+            r"16 examples would take 9\d\.\dGB of memory, more than 4GB",
+        ),
     ],
 )
 def test_an_impossible_choice_is_refused_with_the_reason(choice, reason):
@@ -314,6 +327,79 @@ def test_an_impossible_choice_is_refused_with_the_reason(choice, reason):
 )
 def test_a_refusal_names_the_part_that_does_not_fit_and_one_that_does(choice, words):
     assert re.search(words, lab.advice(choice)), lab.advice(choice)
+
+
+def test_the_words_of_python_and_torch_stay_out_of_a_refusal():
+    wish = Choice(attend="TalkingHeads", positions="T5Bias")
+    with pytest.raises(lab.Refused) as caught:
+        lab.attempt(wish)
+    assert isinstance(caught.value.__cause__, TypeError), "who wants to know more finds it here"
+    assert lab.examine(wish).words == (
+        "Refused. Attend TalkingHeads does not fit here (it cannot take a step, since these parts do not work "
+        "together); attend causal_attention does."
+    )
+
+
+def raised(make) -> Exception:
+    with pytest.raises(Exception) as caught:
+        make()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: MultiHeadAttention(64, 7), "width 64 does not divide into 7 heads."),
+        (lambda: lab.fill(Block, {}), "the lab does not know what to pass as `mixer`."),
+        (lambda: Block(bias=True), ""),
+        (lambda: nn.Linear(3, 4)(torch.ones(2, 2)), ""),
+        (lambda: torch.optim.SGD([]), ""),
+        (lambda: (lambda a, b: a)(*[1]), ""),
+        (lambda: [a for a, b in [(1, 2, 3)]], ""),
+    ],
+)
+def test_only_what_a_chapter_wrote_itself_is_repeated(make, words):
+    assert lab.own_words(raised(make)) == words
+
+
+def test_memory_is_counted_and_nothing_is_made():
+    class Copies(nn.Module):
+        """Three results as large as x, and a view."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + 1).mul(2).transpose(0, 1).sin()
+
+    x = torch.ones(4, 8, device="meta")
+    with lab.Weighing() as weighing:
+        Copies()(x)
+        x.add_(1)
+    assert weighing.bytes == 3 * x.numel() * 4
+    light, twice = (lab.weight(replace(DIGITS, sizes=Sizes(64, 4, depth))) for depth in (2, 4))
+    assert 1.8 < twice / light < 2.05 and light < lab.MOST_BYTES / 100
+    state, wish = torch.get_rng_state(), Choice(attend="PolynomialAttention", sizes=Sizes(64, 1, 2))
+    assert lab.weight(wish) == lab.weight(wish) > lab.MOST_BYTES, "what is kept between calls changes no count"
+    assert torch.equal(state, torch.get_rng_state())
+    assert 0 < lab.weight(replace(DIGITS, mixer="FourierMixing")) < lab.MOST_BYTES
+
+
+def test_what_cannot_be_counted_is_not_refused_for_it(own):
+    assert own(Numbers) == "mixer"
+    wish = replace(DIGITS, mixer="Numbers")
+    assert lab.refusal(wish) == ""
+    assert 0 < lab.weight(wish) < lab.weight(DIGITS), "what came before it"
+
+
+def test_weighing_leaves_no_empty_tensor_in_a_cache():
+    for label in ("TaylorAttention", "PolynomialAttention"):
+        if label in lab.parts("attend"):
+            lab.weight(replace(DIGITS, attend=label))
+    caches = [v for m in lab.modules().values() for v in vars(m).values() if hasattr(v, "cache_info")]
+    assert caches
+    for cache in caches:
+        for kept in gc.get_referents(cache):
+            values = kept.values() if isinstance(kept, dict) else [kept]
+            tensors = [t for t in tree_leaves([*values]) if isinstance(t, Tensor)]
+            assert not any(t.is_meta for t in tensors), cache
 
 
 def test_no_run_is_dropped_for_a_fifth():

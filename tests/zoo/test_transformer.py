@@ -1133,6 +1133,12 @@ def test_in_float32_computes_wide_and_answers_in_the_type_that_came(dtype):
         assert in_float32(lambda x: x + 1)(torch.zeros(2, dtype=wide)).dtype == wide
 
 
+def test_in_float32_works_on_shapes_alone():
+    x = torch.ones(2, 6, 4, dtype=torch.bfloat16, device="meta")
+    mixed = FourierMixing()(x)
+    assert mixed.is_meta and mixed.dtype == torch.bfloat16 and mixed.shape == x.shape
+
+
 def test_fourier_mixing_in_16_bits_is_that_of_float32_rounded():
     x = torch.randn(2, 6, 4)
     exact = FourierMixing()(x.bfloat16().float())

@@ -964,7 +964,7 @@ def in_float32(compute: Callable) -> Callable:
         device = tensors[0].device.type
         to = lambda t, into, since: (
             t.to(into) if isinstance(t, Tensor) and t.dtype in since else t)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             out = compute(
                 *(to(t, torch.float32, narrow) for t in given),
                 **{name: to(t, torch.float32, narrow) for name, t in named.items()})
