@@ -139,6 +139,79 @@ stages.0.blocks.*.feed.part.down.*            blocks.*.mlp.fc2.*
 norm.*                                        norm.*
 head.*                                        head.*
 """
+_TIMM_CONVMIXER = """
+stem.cut.*                                    stem.0.*
+stem.norm.1.layer.*                           stem.2.*
+stages.0.blocks.*.places.0.*                  blocks.*.0.fn.0.*
+stages.0.blocks.*.places.2.*                  blocks.*.0.fn.2.*
+stages.0.blocks.*.features.0.*                blocks.*.1.*
+stages.0.blocks.*.features.2.*                blocks.*.3.*
+head.*                                        head.*
+"""
+_TIMM_TNT = """
+stem.look.*                                   pixel_embed.proj.*
+stem.places                                   pixel_pos                                       squeezed
+tokens.0.value                                cls_token                                       squeezed
+tokens.1.table                                patch_pos                                       class_place
+stages.0.positions.table                      patch_pos                                       grid_places
+stages.0.first.0.*                            norm1_proj.*
+stages.0.first.1.*                            proj.*
+stages.0.first.2.*                            norm2_proj.*
+stages.0.blocks.*.inner.mix.norm.*            blocks.*.norm_in.*
+stages.0.blocks.*.inner.mix.part.to_qkv.*     blocks.*.attn_in.{qk,v}.*
+stages.0.blocks.*.inner.mix.part.to_out.*     blocks.*.attn_in.proj.*
+stages.0.blocks.*.inner.feed.norm.*           blocks.*.norm_mlp_in.*
+stages.0.blocks.*.inner.feed.part.up.*        blocks.*.mlp_in.fc1.*
+stages.0.blocks.*.inner.feed.part.down.*      blocks.*.mlp_in.fc2.*
+stages.0.blocks.*.join.0.*                    blocks.*.norm1_proj.*
+stages.0.blocks.*.join.1.*                    blocks.*.proj.*
+stages.0.blocks.*.join.2.*                    blocks.*.norm2_proj.*
+stages.0.blocks.*.outer.mix.norm.*            blocks.*.norm_out.*
+stages.0.blocks.*.outer.mix.part.to_qkv.*     blocks.*.attn_out.{qk,v}.*
+stages.0.blocks.*.outer.mix.part.to_out.*     blocks.*.attn_out.proj.*
+stages.0.blocks.*.outer.feed.norm.*           blocks.*.norm_mlp.*
+stages.0.blocks.*.outer.feed.part.up.*        blocks.*.mlp.fc1.*
+stages.0.blocks.*.outer.feed.part.down.*      blocks.*.mlp.fc2.*
+norm.*                                        norm.*
+head.*                                        head.*
+"""
+_T2T_SHARED = """
+stem.project.*                                tokens_to_token.project.*
+tokens.0.value                                cls_token                                       squeezed
+stages.0.blocks.*.mix.norm.*                  blocks.*.norm1.*
+stages.0.blocks.*.mix.part.to_qkv.*           blocks.*.attn.qkv.*
+stages.0.blocks.*.mix.part.to_out.*           blocks.*.attn.proj.*
+stages.0.blocks.*.feed.norm.*                 blocks.*.norm2.*
+stages.0.blocks.*.feed.part.up.*              blocks.*.mlp.fc1.*
+stages.0.blocks.*.feed.part.down.*            blocks.*.mlp.fc2.*
+norm.*                                        norm.*
+head.*                                        head.*
+"""
+
+
+def _t2t(rules: str) -> dict:
+    """The authors' T2T-ViT: `rules` for each of the two layers between splits, @ ours and # theirs."""
+    layers = [rules.replace("@", f"stem.between.{i}").replace("#", f"tokens_to_token.attention{i + 1}") for i in (0, 1)]
+    return {"table": _T2T_SHARED + "".join(layers), "prefix": "module.", "ignore": ("pos_embed",)}
+
+
+_T2T_SOFTMAX = """
+@.norm.* #.norm1.*
+@.to_qkv.* #.attn.qkv.*
+@.to_out.* #.attn.proj.*
+@.feed.norm.* #.norm2.*
+@.feed.part.up.* #.mlp.fc1.*
+@.feed.part.down.* #.mlp.fc2.*
+"""
+_T2T_PERFORMER = """
+@.norm.* #.norm1.*
+@.to_qkv.* #.kqv.* query_first
+@.attend.w #.w
+@.to_out.* #.proj.*
+@.feed.norm.* #.norm2.*
+@.feed.part.up.* #.mlp.0.*
+@.feed.part.down.* #.mlp.2.*
+"""
 
 _SWIN = """
 stem.cut.*                                    embeddings.patch_embeddings.projection.*
@@ -206,4 +279,8 @@ TABLES: dict[str, dict] = {
     },
     "timm_deit": {"table": _two_tokens(_TIMM_VIT, "{cls,dist}_token", "head", "head_dist"), "prefix": "module."},
     "timm_cait": {"table": _TIMM_CAIT, "prefix": "module."},
+    "timm_convmixer": {"table": _TIMM_CONVMIXER},
+    "timm_tnt": {"table": _TIMM_TNT, "prefix": "module."},
+    "t2t": _t2t(_T2T_PERFORMER),  # the authors' release; its backbone divides scores by the root of the whole width
+    "t2t_softmax": _t2t(_T2T_SOFTMAX),
 }

@@ -30,6 +30,7 @@ transforms: dict[str, Callable[[Tensor], Tensor]] = {
     "squeezed": lambda t: t.squeeze(0),
     "class_place": lambda t: t[0, :1],  # positions (1, 1 + h w, d): the class token's, and those of a square of patches
     "grid_places": lambda t: t[0, 1:].unflatten(0, (math.isqrt(t.shape[1] - 1), -1)),
+    "query_first": lambda t: t.unflatten(0, (3, -1))[[1, 0, 2]].flatten(0, 1),  # stored as keys, queries, values
     "token_places": lambda t: t[0, :2],  # positions (1, 2 + h w, d), with a distillation token
     "grid_places_after_two": lambda t: t[0, 2:].unflatten(0, (math.isqrt(t.shape[1] - 2), -1)),
 }
@@ -90,7 +91,8 @@ class Source(NamedTuple):
     def make(self, tensors: list[list[Tensor]]) -> Tensor:
         counted = "#" in self.patterns[0]
         changed = [[self.change(t) for t in few] for few in tensors]
-        return torch.cat([torch.stack(few) if counted else few[0] for few in changed], int(counted))
+        joined = [torch.stack(few) if counted else few[0] for few in changed]
+        return torch.cat(joined, int(counted)) if len(joined) > 1 else joined[0]  # a count has no axis to join along
 
 
 class Stored(NamedTuple):
