@@ -67,6 +67,12 @@ RIGHT = {
 }
 
 
+# All in one notebook: right work, cheats, right work that forgets tfkit, an answer that ends Python, and last of all
+# what breaks the process for the cells below it.
+LAST = ["renamed", "channel", "ends", "handler", "builtins"]
+NAMES = [name for name in (*RIGHT, *CHEATS) if name not in LAST] + LAST
+
+
 def chapter(names):
     """A chapter with the same exercise under each of these names."""
     cells = [new_code_cell("import torch\nimport tfkit\n\ntfkit.set_seed(0)")]
@@ -86,7 +92,7 @@ def chapter(names):
 def made():
     """The instructor's and the students' version."""
     pytest.importorskip("nbgrader")
-    full = coursework.instructor(chapter([*CHEATS, *RIGHT]))
+    full = coursework.instructor(chapter(NAMES))
     return full, coursework.student(full)
 
 
@@ -118,43 +124,45 @@ def marks(folder) -> dict[str, dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_class(course):
-    """One is right in many ways, one cheats, one ends Python, one cannot be read, one handed in nothing."""
+    """One does all at once, right work, cheats and cells that end Python or never end; one is right and no more; one
+    cannot be read; one handed in nothing. Each start of Python costs seconds, so that there are few.
+    """
     folder, hand_in = course
     source = str(folder / "source" / "it" / "it.ipynb")
     written = {name: text.replace("NAME", name).replace("{source}", source) for name, text in (CHEATS | RIGHT).items()}
-    right = {name: written[name] for name in RIGHT}
+    written["ends"] = "import os\ndef ends(x):\n    os._exit(1)"
 
-    def twice_and_below(nb):
+    def busy(nb):
         stub = copy.deepcopy(next(cell for cell in nb.cells if "def plain" in cell.source))
-        stub.id = "another"
-        stub.source = STUB.replace("NAME", "plain")
-        nb.cells += [stub, new_code_cell("def defined_below(x):\n    return x + x")]
-
-    def ending(nb):
+        stub.id, stub.source = "another", STUB.replace("NAME", "plain")
+        below = next(i for i, cell in enumerate(nb.cells) if "def renamed" in cell.source)
+        nb.cells[below:below] = [stub, new_code_cell("def defined_below(x):\n    return x + x")]
         nb.cells.insert(1, new_code_cell("import os\nos._exit(3)"))
         nb.cells.insert(2, new_code_cell("import time\ntime.sleep(1e6)"))
 
-    hand_in("ada", right, twice_and_below)
-    hand_in("bob", {name: written[name] for name in CHEATS})
-    hand_in("cleo", {"plain": written["plain"], "below": "import os\ndef below(x):\n    os._exit(1)"}, ending)
-    hand_in("dan", right)
+    hand_in("ada", written, busy)
+    hand_in("bob", {"plain": written["plain"]})
+    hand_in("dan", written)
     (folder / "submitted" / "dan" / "it" / "it.ipynb").write_text('{"cells": [', encoding="utf-8")
     (folder / "submitted" / "eve").mkdir()
-    said = list(grading.grade_course(folder, limit=20))
-    assert len(said) == 6 and said[-1].endswith("it.csv")
+    said = list(grading.grade_course(folder, jobs=2, limit=20))
+    right = str(2 * len(RIGHT))
+    assert said[0] == f"it ada: {right} of {2 * len(NAMES)}" and len(said) == 5 and said[-1].endswith("it.csv")
     found = marks(folder)
-    assert {name: found["ada"][name] for name in RIGHT} == dict.fromkeys(RIGHT, "2")
-    assert found["ada"]["points"] == str(2 * len(RIGHT)) and "plain stands in 2 cells" in found["ada"]["notes"]
-    assert {name: found["bob"][name] for name in CHEATS} == dict.fromkeys(CHEATS, "0")
-    assert (found["cleo"]["plain"], found["cleo"]["below"], found["cleo"]["points"]) == ("2", "0", "2")
-    assert "code cell 1 ends Python" in found["cleo"]["notes"]
-    assert "code cell 2 takes longer than 20 seconds" in found["cleo"]["notes"]
+    assert [*found["ada"]] == ["student", "points", "of", *NAMES, "notes"]
+    ada = {name: found["ada"][name] for name in NAMES}
+    assert ada == dict.fromkeys(NAMES, "0") | dict.fromkeys(RIGHT, "2") and found["ada"]["points"] == right
+    assert "plain stands in 2 cells" in found["ada"]["notes"]
+    assert "code cell 1 ends Python" in found["ada"]["notes"]
+    assert "code cell 2 takes longer than 20 seconds" in found["ada"]["notes"]
+    assert (found["bob"]["plain"], found["bob"]["points"], found["bob"]["notes"]) == ("2", "2", "")
     assert "cannot be read" in found["dan"]["notes"] and found["eve"]["notes"] == "nothing was handed in"
 
     pages = {who: (folder / "feedback" / who / "it" / "it.html").read_text(encoding="utf-8") for who in found}
-    assert "Exercise 1: check" in pages["bob"] and "Not yet (some numbers): it returns None" in pages["bob"]
-    assert "an answer reads no notebook" in pages["bob"] and "Not yet: the answer ends Python." in pages["cleo"]
-    assert OPEN in pages["cleo"]
+    assert OPEN not in pages["ada"], "every cheat was run and judged"
+    assert pages["bob"].count(OPEN) == len(NAMES) - 1
+    assert "Exercise 1: plain" in pages["ada"] and "Not yet (some numbers): it returns None" in pages["ada"]
+    assert "an answer reads no notebook" in pages["ada"] and "Not yet: the answer ends Python." in pages["ada"]
     for page in pages.values():
         assert "_twice(x)\n    return x + x" not in page and "randn(3, generator=g)" not in page
 

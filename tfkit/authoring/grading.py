@@ -13,6 +13,7 @@ line of a student's, so there is nothing in a student's reach that could make a 
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import html
 import io
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ from tfkit.authoring.files import ROOT, write
 PRIVATE = ("source", "release", "key", "submitted", "autograded", "feedback", "grades")  # folders of a course
 START = 600  # seconds in which a process is there, however busy the machine
 STARTS = 6  # how often a notebook that ends Python or never ends is begun anew without the cell that did it
+LARGEST, GRACE = 2**28, 30  # bytes of an answer, and seconds in which one that has begun must have come
 HERE = Path(__file__).resolve().parents[2]  # what a student's process imports tfkit from
 
 
@@ -112,27 +115,33 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
+    def end(self) -> None:
+        """Kill the process and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def __exit__(self, *_) -> None:
         self.pipe.close()
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        self.end()
         self.process.wait()
 
     def ask(self, message) -> dict:
         """Send a message and wait for the answer, at most `limit` seconds. Raises Gone."""
+        watch = threading.Timer(self.limit + GRACE, self.end)  # an answer that begins and never ends
+        watch.start()
         try:
             self.pipe.send_bytes(self.dumps(message))
             if not self.pipe.poll(self.limit):
                 raise Gone(f"takes longer than {self.limit:.0f} seconds")
-            reply = torch.load(io.BytesIO(self.pipe.recv_bytes()), weights_only=True)
+            reply = torch.load(io.BytesIO(self.pipe.recv_bytes(LARGEST)), weights_only=True)
         except (EOFError, OSError):
             raise Gone("ends Python") from None
         except Gone:
             raise
         except Exception:
             raise Gone("garbles its answer") from None
+        finally:
+            watch.cancel()
         if not isinstance(reply, dict):
             raise Gone("garbles its answer")
         return reply
@@ -224,9 +233,10 @@ def grade(student: str, path: Path | None, source: Path, limit: float, seeds: tu
         elif not defining:
             result.notes.append(f"no cell defines {name}")
     heavy = {index for index, (cell, own) in enumerate(given) if not own and not light(cell)}
-    _run(result, given, checks, asked, path, source, limit, heavy)
+    lost: tuple[set, set] = (set(), set())
+    _run(result, given, checks, asked, path, source, limit, heavy, *lost)
     if heavy and any(not result.passes(name) and words != exercises.OPEN for name, words in result.words.items()):
-        _run(result, given, checks, asked, path, source, limit, set())
+        _run(result, given, checks, asked, path, source, limit, set(), *lost)
     result.notes = [*dict.fromkeys(result.notes)]
     return result
 
@@ -241,10 +251,14 @@ def light(cell: str) -> bool:
     return all(isinstance(node, kinds) or "set_seed" in ast.unparse(node) for node in body)
 
 
-def _run(result: Graded, given, checks, asked, path: Path, source: Path, limit: float, skipped: set[int]) -> None:
-    """Run the cells and judge each answer when its cell has run, and those that do not pass once more at the end."""
-    left_out = set(skipped)  # and cells that end Python
-    ended: set[tuple[str, int]] = set()  # answers that do, and where they stood
+def _run(
+    result: Graded, given, checks, asked, path: Path, source: Path, limit: float,
+    skipped: set[int], left_out: set[int], ended: set[tuple[str, int]],
+) -> None:  # fmt: skip
+    """Run the cells and judge each answer when its cell has run, and those that do not pass once more at the end.
+
+    Cells that end Python or take too long join `left_out`, answers that do join `ended` with the place of their cell.
+    """
     secret = [str(ROOT / "coursework"), *(str(source.parents[2] / name) for name in PRIVATE)]
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as place:
@@ -257,7 +271,7 @@ def _run(result: Graded, given, checks, asked, path: Path, source: Path, limit: 
                 with Session(folder, limit, names=[*asked], folders=secret) as session:
                     session.ask(("run", next(iter(asked.values())).imports, False))
                     for index, (cell, own) in enumerate(given):
-                        if index not in left_out:
+                        if index not in skipped | left_out:
                             bound = session.ask(("run", cell, own)).get("bound", [])
                             for name in (n for n in asked if n in bound and (n, index) not in ended):
                                 _judge(result, name, session, checks[name], asked[name])
