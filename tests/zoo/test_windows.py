@@ -3,7 +3,10 @@
 Covers swin, dinat, halonet, favit and darswin.
 """
 
+import copy
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -127,7 +130,9 @@ def test_windows_pad_at_the_bottom_and_right_and_shrink_to_small_maps():
     one_way.load_state_dict(shifted.state_dict())
     tall = draw(2, 1, 4, 8, 8)
     assert close(shifted(tall), one_way(tall))
-    for window, shift in ((4, 4), (4, -1), (0, 0)):
+    with pytest.raises(ValueError, match="a window has 1 place or more along a side, not 0"):
+        WindowAttention(8, 2, (4, 0))
+    for window, shift in ((4, 4), (4, -1)):
         with pytest.raises(ValueError, match=f"a window of {window} can be shifted by 0 to {window - 1}, not by {shift}"):
             WindowAttention(8, 2, window, shift)
 
@@ -187,8 +192,11 @@ def test_neighbors_refuse_what_does_not_fit():
     for n, k, d in ((8, 3, 3), (2, 3, 1)):
         with pytest.raises(ValueError, match=f"{k} neighbors at dilation {d} need {k * d} places or more, not {n}"):
             neighbors(n, k, d)
-    with pytest.raises(ValueError, match="dilation 0"):
+    with pytest.raises(ValueError, match="a dilation is 1 or more, not 0"):
         neighbors(8, 3, 0)
+    q = draw(0, 1, 2, 5, 5, 4)
+    with pytest.raises(ValueError, match="a block holds 1 query or more along a side, not 0"):
+        blocked_neighborhood_attention(q, q, q, 3, 1, OffsetBias(2, (3, 3)), 0)
 
 
 @seeds
@@ -307,6 +315,9 @@ def test_window_mean_averages_windows_channel_by_channel(seed, h, w, k, r):
         window_mean(draw(0, 1, 4, 9, 2), 5, 2)
     with pytest.raises(ValueError, match="a map of 9 by 4 cannot"):
         window_mean(draw(0, 1, 9, 4, 2), 5, 2)
+    for bad in ((0, 1), (2, 0)):
+        with pytest.raises(ValueError, match="kernel and dilation are 1 or more, not {}, {}".format(*bad)):
+            window_mean(x, *bad)
 
 
 @pytest.mark.parametrize("heads, r", [(1, 2), (2, 2), (2, 1)])
@@ -337,6 +348,12 @@ def test_factorized_attention_is_its_groups(heads, r):
 def test_favit_parts_and_refusals():
     with pytest.raises(ValueError, match=r"groups of \(2, 7, 7\) need a multiple of 16 channels, not 24"):
         FactorizedAttention(24, 1, 2)
+    with pytest.raises(ValueError, match="a reduction of 1 or more, not 0"):
+        FactorizedAttention(16, 1, 0)
+    for h, w in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=rf"a map of \({h}, {w}\) is too small to reduce"):
+            FactorizedAttention(16, 1, 4, 1)(draw(0, 1, h, w, 16))
+    assert FactorizedAttention(16, 1, 4, 1)(draw(0, 1, 4, 5, 16)).shape == (1, 4, 5, 16)
     assert FactorizedAttention(24, 1, 1).sizes == (3, 21) and SampledAttention(14, 2, 7, 1).kernel == 7
     feed, x = disturb(MixFeedForward(4, 6)), draw(0, 2, 3, 5, 4)
     look = F.conv2d(feed.up(x).movedim(-1, 1), feed.look.weight, feed.look.bias, padding=1, groups=6)
@@ -367,6 +384,12 @@ def test_lens_profiles_and_unrolling():
     assert close(unroll(ramp, radii, 8)[0], expected)
     two = unroll(ramp.expand(2, -1, -1, -1), torch.cat([radii, radii / 2]), 8)
     assert close(two[1], two[0] / 2)
+    with pytest.raises(ValueError, match="2 images have 1 or 2 lenses, not 3"):
+        unroll(ramp.expand(2, -1, -1, -1), radii.expand(3, -1), 8)
+    for xi, half in ((0.0, 1.6), (0.5, 2.1), (2.0, 2.1), (1.0, 0.0), (1.0, 3.2), (torch.tensor([0.9, 0.0]), 1.6)):
+        with pytest.raises(ValueError, match=f"half_angle {half} is out of sight"):
+            spherical_lens(share, xi, half)
+    assert spherical_lens(share, 1.0, 2.0).diff().min() > 0 and spherical_lens(share, 2.0, 2.0).diff().min() > 0
 
 
 def test_angular_bias_counts_angles():
@@ -412,6 +435,50 @@ def test_darswin_is_put_together_and_refuses_what_does_not_fit():
     for window, grid in (((3, 4), (4, 16)), ((1, 5), (4, 16)), ((1, 1), (4, 16))):
         with pytest.raises(ValueError, match=r"do not suit a grid of \(4, 16\)"):
             AngularAttention(8, 2, window, grid)
+    for shape in ((4, 20), (8, 16)):
+        with pytest.raises(ValueError, match=re.escape(f"a map of (4, 16) is wanted, got {shape}")):
+            AngularAttention(8, 2, (2, 4), (4, 16))(draw(0, 1, *shape, 8))
     whole = darswin(width=24)
     assert [len(stage.blocks) for stage in whole.model.stages] == [2, 2, 6, 2]
     assert whole.model.stages[3].blocks[0].mix.part.window == (16, 1)
+
+
+# --- all
+
+
+def test_reach_of_stacked_windows_and_halos():
+    def reach(layers, side=40, at=17):
+        x = torch.randn(1, side, side, 8, dtype=torch.float64, requires_grad=True)
+        nn.Sequential(*layers).double()(x)[0, at, at].sum().backward()
+        return int((x.grad[0].abs().sum(-1) > 0).any(0).sum())
+
+    for depth in (1, 2, 3):
+        assert reach([WindowAttention(8, 1, 4, 2 * (i % 2)) for i in range(depth)]) == 4 * depth
+        assert reach([HaloAttention(8, 1, 4, 1) for _ in range(depth)]) == (2 * depth - 1) * 4 + 2
+
+
+def test_lists_of_different_lengths_are_refused():
+    for make in (
+        lambda: swin(8, (1, 1, 1), (2, 2)),
+        lambda: dinat(8, (2,), ([1], [1])),
+        lambda: halonet((8, 16), (1,), heads=2),
+        lambda: favit((16, 32), (1,)),
+        lambda: darswin((4, 16), 8, (1, 1), (2,)),
+    ):
+        with pytest.raises(ValueError, match="zip"):
+            make()
+
+
+@pytest.mark.parametrize("name", windows.examples)
+def test_models_are_copied_saved_run_in_bfloat16_and_take_no_images(name):
+    torch.manual_seed(0)
+    model, (images, *lens) = windows.examples[name]()
+    model.eval()
+    score = model(images, *lens)
+    assert torch.equal(copy.deepcopy(model)(images, *lens), score)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images, *lens), score)
+    assert model(images[:0], *lens).shape == (0, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images, *lens)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - score).abs().max() < 0.05 * score.abs().max()

@@ -130,6 +130,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window, self.shift = _pair(window), _pair(shift)
         for w, s in zip(self.window, self.shift):
+            if w < 1:
+                raise ValueError(f"a window has 1 place or more along a side, not {w}")
             if not 0 <= s < w:
                 raise ValueError(f"a window of {w} can be shifted by 0 to {w - 1}, "
                                  f"not by {s}")
@@ -206,11 +208,12 @@ def swin(
     """A Swin Transformer; the width doubles from stage to stage.
 
     drop  the largest rate of `DropPath`, which grows from 0 with the depth
-    Raises ValueError when patches do not tile the images. Source: "Swin Transformer:
-    Hierarchical Vision Transformer using Shifted Windows", 2021.
+    Raises ValueError when patches do not tile the images, and for lists of different
+    lengths. Source: "Swin Transformer: Hierarchical Vision Transformer using Shifted
+    Windows", 2021.
     """
     drops, stages = _growing(drop, sum(depths)), []
-    for i, (depth, h) in enumerate(zip(depths, heads)):
+    for i, (depth, h) in enumerate(zip(depths, heads, strict=True)):
         d = width * 2**i
         blocks = [
             Block(WindowAttention(d, h, window, window // 2 * (j % 2)), FeedForward(d),
@@ -250,7 +253,9 @@ def neighbors(
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"a kernel of {kernel} has no center; choose an odd one")
-    if dilation < 1 or n < kernel * dilation:
+    if dilation < 1:
+        raise ValueError(f"a dilation is 1 or more, not {dilation}")
+    if n < kernel * dilation:
         raise ValueError(f"{kernel} neighbors at dilation {dilation} need "
                          f"{kernel * dilation} places or more, not {n}")
     i = torch.arange(n, device=device)
@@ -342,7 +347,7 @@ def dinat(
     Source: "Dilated Neighborhood Attention Transformer", 2022.
     """
     drops, stages = _growing(drop, sum(map(len, dilations))), []
-    for i, (h, steps) in enumerate(zip(heads, dilations)):
+    for i, (h, steps) in enumerate(zip(heads, dilations, strict=True)):
         d = width * 2**i
         wiring = PreNorm if scale is None else partial(LayerScale, width=d, start=scale)
         blocks = [
@@ -428,8 +433,11 @@ def blocked_neighborhood_attention(
 ) -> Float[Tensor, "b h y x c"]:
     """`neighborhood_attention` for blocks of block x block queries with shared keys.
 
+    Raises ValueError for a block below 1.
     Source: "Dilated Neighborhood Attention Transformer", 2022.
     """
+    if block < 1:
+        raise ValueError(f"a block holds 1 query or more along a side, not {block}")
     axes = [_axis_blocks(n, kernel, dilation, min(block, n), q.device)
             for n in q.shape[2:4]]
     (qy, ky, my, oy, back_y), (qx, kx, mx, ox, back_x) = axes
@@ -583,7 +591,7 @@ def halonet(
         nn.Conv2d(channels, before, 7, 2, 3, bias=False), nn.BatchNorm2d(before),
         nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
     stages = []
-    for i, (width, depth) in enumerate(zip(widths, depths)):
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         blocks = []
         for j in range(depth):
             stride = 2 if i and not j else 1
@@ -612,9 +620,12 @@ def window_mean(
     """The mean over windows of every dilation-th place: kernel^2 vectors.
 
     Windows of dilation (kernel - 1) + 1 places tile the map, which is continued by
-    reflection. Raises ValueError for a map that is too small to be reflected so far.
+    reflection. Raises ValueError for a map that is too small to be reflected so far
+    and for a kernel or dilation below 1.
     Source: "Factorization Vision Transformer", 2023.
     """
+    if min(kernel, dilation) < 1:
+        raise ValueError(f"kernel and dilation are 1 or more, not {kernel}, {dilation}")
     side, (H, W) = dilation * (kernel - 1) + 1, x.shape[1:3]
     if -H % side >= H or -W % side >= W:
         raise ValueError(f"a map of {H} by {W} cannot be reflected to a multiple of "
@@ -652,16 +663,17 @@ class FactorizedAttention(nn.Module):
 
     reduction  r: stride of the global group's keys and dilation of the third group;
                channels are split 2 : 7 : 7, or 1 : 7 for r = 1
-    Raises ValueError when 16 (or 8) does not divide the width, or heads a group.
+    Raises ValueError for a width, heads, a reduction or a map that do not fit.
     Source: "Factorization Vision Transformer", 2023.
     """
 
     def __init__(self, width: int, heads: int, reduction: int, kernel: int = 7):
         super().__init__()
         parts = (2, 7, 7) if reduction > 1 else (1, 7)
-        if width % sum(parts):
+        if width % sum(parts) or reduction < 1:
             raise ValueError(f"groups of {parts} need a multiple of {sum(parts)} "
-                             f"channels, not {width}")
+                             f"channels, not {width}, and a reduction of 1 or more, "
+                             f"not {reduction}")
         g, *local = (width // sum(parts) * part for part in parts)
         self.heads, self.sizes = heads, (g, *local)
         self.to_q, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
@@ -677,6 +689,8 @@ class FactorizedAttention(nn.Module):
 
     def coarse(self, q: Tensor, x: Float[Tensor, "b H W g"]) -> Float[Tensor, "b n g"]:
         """One head that attends to the whole map, reduced by a strided convolution."""
+        if min(x.shape[1:3]) < self.reduce.stride[0]:
+            raise ValueError(f"a map of {tuple(x.shape[1:3])} is too small to reduce")
         small = self.norm(self.reduce(x.movedim(-1, 1)).movedim(1, -1))
         k, v = self.to_kv(small).chunk(2, -1)
         v = v + self.place(v.movedim(-1, 1)).movedim(1, -1)
@@ -723,7 +737,7 @@ def favit(
     stem = nn.Sequential(ChannelsLast(nn.Conv2d(channels, widths[0], 7, 4, 3)),
                          nn.LayerNorm(widths[0]))
     for i, (d, depth, h, ratio, r) in enumerate(
-            zip(widths, depths, heads, ratios, reductions)):
+            zip(widths, depths, heads, ratios, reductions, strict=True)):
         blocks = [Block(FactorizedAttention(d, h, r), MixFeedForward(d, ratio * d),
                         partial(norm, d)) for _ in range(depth)]
         down = [norm(before), ChannelsFirst(nn.Conv2d(before, d, 3, 2, 1)),
@@ -755,11 +769,16 @@ def spherical_lens(
     """Radius, 1 at the edge, for incidence angles given as shares of half_angle (rad).
 
     r = sin(t) / (xi + cos(t)), scaled; xi 0 is a pinhole, 1 a stereographic lens.
+    Raises ValueError for a half_angle that a lens of this xi cannot show.
     Source: "DarSwin: Distortion Aware Radial Swin Transformer", 2023.
     """
     def radius(t: Tensor) -> Tensor:
         return t.sin() / (xi + t.cos())
 
+    lens, most = torch.as_tensor(xi), math.cos(half_angle)
+    seen = ((lens + most > 0) & (lens * most > -1)).all()
+    if not (0 < half_angle < math.pi and seen):
+        raise ValueError(f"half_angle {half_angle} is out of sight with xi {xi}")
     edge = torch.as_tensor(half_angle, dtype=share.dtype, device=share.device)
     return radius(share * half_angle) / radius(edge)
 
@@ -769,9 +788,13 @@ def unroll(
 ) -> Float[Tensor, "b c rows columns"]:
     """The images read on circles of these radii (1 is half a side), a = b or 1.
 
-    Columns are equal steps of azimuth; values between pixels are interpolated.
+    Columns are equal steps of azimuth; values between pixels are interpolated. Raises
+    ValueError for another number of lenses than 1 or that of the images.
     Source: "DarSwin: Distortion Aware Radial Swin Transformer", 2023.
     """
+    if len(radii) not in (1, len(images)):
+        raise ValueError(f"{len(images)} images have 1 or {len(images)} lenses, not "
+                         f"{len(radii)}")
     turn = (torch.arange(columns, device=images.device) + 0.5) * 2 * math.pi / columns
     circle = torch.stack([turn.cos(), turn.sin()], -1)     # (columns, 2)
     points = (radii[..., None, None] * circle).to(images.dtype)
@@ -815,7 +838,8 @@ class AngularBias(nn.Module):
 class AngularAttention(WindowAttention):
     """`WindowAttention` on rings and sectors: shifted around the circle, no mask.
 
-    Raises ValueError when windows do not tile the grid, or hold one place.
+    Raises ValueError when windows do not tile the grid, or hold one place, and for a
+    map that is not the grid.
     Source: "DarSwin: Distortion Aware Radial Swin Transformer", 2023.
     """
 
@@ -828,6 +852,13 @@ class AngularAttention(WindowAttention):
             raise ValueError(f"windows of {window} do not suit a grid of {grid}")
         shift = (0, shift if grid[1] > window[1] else 0)
         super().__init__(width, heads, window, shift, AngularBias(heads, window, grid))
+        self.grid = tuple(grid)
+
+    def forward(self, x: Float[Tensor, "b H W d"]) -> Float[Tensor, "b H W d"]:
+        if tuple(x.shape[1:3]) != self.grid:
+            raise ValueError(f"a map of {self.grid} is wanted, got "
+                             f"{tuple(x.shape[1:3])}")
+        return super().forward(x)
 
     def mask(self, height, width, window, shift, device) -> None:
         """The map is a cylinder: its seam is no border."""
@@ -866,7 +897,7 @@ def darswin(
     Source: "DarSwin: Distortion Aware Radial Swin Transformer", 2023.
     """
     (rings, sectors), stages = grid, []
-    for i, (depth, h) in enumerate(zip(depths, heads)):
+    for i, (depth, h) in enumerate(zip(depths, heads, strict=True)):
         if i and sectors % 4:
             raise ValueError(f"{sectors} sectors cannot be merged by four")
         d, sectors = width * 2**i, sectors // 4 if i else sectors
