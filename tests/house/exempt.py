@@ -89,6 +89,9 @@ EXEMPT = {
     "22_any_resolution": """
         budget
     """,
+    "23_patches_and_pixels": """
+        budget
+    """,
     "98_data": """
         exercise_kinds
     """,

@@ -52,7 +52,7 @@ def test_only_the_chapters_that_stood_before_a_rule_are_exempt_from_it():
     """New chapters are bound by every rule from the first day."""
     old = {*(f"{n:02}" for n in range(18)), *(f"{n}" for n in range(70, 76)), "90", "99"}
     appendix = {"98"}  # a gallery with few exercises
-    costly = {"20", "21", "22"}  # vision chapters whose cost is still to be cut; times.csv says what it is
+    costly = {"20", "21", "22", "23"}  # vision chapters whose cost is still to be cut; times.csv says what it is
     assert {name[:2] for name in EXEMPT} <= old | appendix | costly, "a new chapter keeps every rule"
     assert all(exempt(name) == {"budget"} for name in EXEMPT if name[:2] in costly)
     unknown = {rule for name in EXEMPT for rule in exempt(name)} - set(CHAPTER_RULES)
