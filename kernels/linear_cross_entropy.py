@@ -248,6 +248,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None
         x, weight, targets, lse, count = ctx.saved_tensors
         scale = grad.to(lse.dtype) / count.clamp_min(1)  # no token counts: NaN forward, zeros here, as in torch
         needs = list(ctx.needs_input_grad[:2])

@@ -282,6 +282,8 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
+        if dy is None:
+            return None, None, None, None, None
         needs = list(ctx.needs_input_grad[:3])
         found = differentiate(*ctx.saved_tensors, dy, ctx.activation, needs)
         return *spread(found, needs), None, None

@@ -35,7 +35,6 @@ from tfkit.zoo.windows import (
     darswin,
     dinat,
     favit,
-    window_offsets,
     halonet,
     init_truncated_,
     inside_image,
@@ -47,6 +46,7 @@ from tfkit.zoo.windows import (
     swin,
     unroll,
     window_mean,
+    window_offsets,
 )
 
 seeds = pytest.mark.parametrize("seed", range(2))
