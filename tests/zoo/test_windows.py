@@ -89,7 +89,9 @@ def test_windows_are_cut_in_order_and_joined_again(b, h, w, y, x):
 
 
 @seeds
-@pytest.mark.parametrize("window, shift, side", [((4, 4), (2, 2), (12, 8)), ((2, 3), (1, 1), (4, 9)), ((3, 2), (2, 0), (6, 4))])
+@pytest.mark.parametrize(
+    "window, shift, side", [((4, 4), (2, 2), (12, 8)), ((2, 3), (1, 1), (4, 9)), ((3, 2), (2, 0), (6, 4))]
+)
 def test_roll_and_mask_equal_attention_on_the_irregular_pieces(seed, window, shift, side):
     layer, x = disturb(WindowAttention(8, 2, window, shift), seed), draw(seed, 2, *side, 8)
     found, expected = layer(x), torch.empty_like(x)
@@ -133,7 +135,9 @@ def test_windows_pad_at_the_bottom_and_right_and_shrink_to_small_maps():
     with pytest.raises(ValueError, match="a window has 1 place or more along a side, not 0"):
         WindowAttention(8, 2, (4, 0))
     for window, shift in ((4, 4), (4, -1)):
-        with pytest.raises(ValueError, match=f"a window of {window} can be shifted by 0 to {window - 1}, not by {shift}"):
+        with pytest.raises(
+            ValueError, match=f"a window of {window} can be shifted by 0 to {window - 1}, not by {shift}"
+        ):
             WindowAttention(8, 2, window, shift)
 
 
@@ -208,11 +212,12 @@ def test_neighborhood_attention_is_its_loop(seed, h, w, k, d):
     rows, columns = neighbors(h, k, d), neighbors(w, k, d)
     for y, x in [(0, 0), (h // 2, w // 2), (h - 1, 1), (1, w - 1)]:
         pairs = [(int(r), int(c)) for r in rows[y] for c in columns[x]]
-        scores = torch.stack([
-            (q[0, :, y, x] * key[0, :, r, c]).sum(-1) / 2 + bias.table[(((y - r) // d) + k - 1) * (2 * k - 1) + (x - c) // d + k - 1]
-            for r, c in pairs
-        ], -1)  # fmt: skip
-        expected = sum(p[:, None] * v[0, :, r, c] for p, (r, c) in zip(scores.softmax(-1).unbind(-1), pairs, strict=True))
+        offsets = [((y - r) // d + k - 1) * (2 * k - 1) + (x - c) // d + k - 1 for r, c in pairs]
+        products = [(q[0, :, y, x] * key[0, :, r, c]).sum(-1) / 2 for r, c in pairs]
+        scores = torch.stack(products, -1) + bias.table[offsets].T
+        expected = sum(
+            p[:, None] * v[0, :, r, c] for p, (r, c) in zip(scores.softmax(-1).unbind(-1), pairs, strict=True)
+        )
         assert torch.allclose(found[0, :, y, x], expected, atol=1e-5)
     for block in (1, 3, 20):
         assert close(blocked_neighborhood_attention(q, key, v, k, d, bias, block), found)
@@ -398,7 +403,9 @@ def test_angular_bias_counts_angles():
     found = bias(rows, columns)
     for i, j in [(0, 0), (1, 6), (7, 2), (3, 0)]:
         total = 0
-        for table, offset, step, count in zip(bias.tables, (rows[i, j], columns[i, j]), (0.25, math.pi / 8), (3, 7), strict=True):
+        for table, offset, step, count in zip(
+            bias.tables, (rows[i, j], columns[i, j]), (0.25, math.pi / 8), (3, 7), strict=True
+        ):
             a, b = table[:, int(offset) % count]
             total = total + a * math.cos(offset * step) + b * math.sin(offset * step)
         assert torch.allclose(found[:, i, j], total, atol=1e-6)
