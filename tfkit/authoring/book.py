@@ -153,7 +153,8 @@ def linked(text: str) -> str:
     from docutils.nodes import make_id
 
     def page_link(found: re.Match) -> str:
-        return f"{found[1]}{found[2]}.html#{make_id(found[3].replace('-', ' '))}{found[4]}"
+        anchor = make_id(html.unescape(found[3]).replace("-", " "))
+        return f"{found[1]}{found[2]}.html#{anchor}{found[4]}"
 
     text = re.sub(r"(href=\")(\d\d_\w+)\.ipynb#([^\"]*)(\")", page_link, text)
     return re.sub(r"(href=\"\d\d_\w+)\.ipynb(\")", r"\1.html\2", text)
